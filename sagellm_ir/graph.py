@@ -1,0 +1,106 @@
+"""`IRGraph`: an immutable DAG of nodes in SSA form, with the requests and the target it is for."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from attrs import evolve, field, frozen
+
+from sagellm_ir.nodes import IRNode, Location
+from sagellm_ir.request import RequestInfo
+from sagellm_ir.target import Target
+
+__all__ = ["STAGES", "CachedBlocks", "IRGraph", "RequestDecl"]
+
+STAGES = ("built", "placed", "scheduled")
+"""`built`: what to compute; `placed`: and on which worker; `scheduled`: and in which step.
+
+`built` and `placed` graphs can be scheduled; a `scheduled` one keeps its placement.
+"""
+
+
+@frozen
+class RequestDecl(RequestInfo):
+    """A request as the IR sees it: how long its prompt is, and which blocks it is made of."""
+
+    prompt_len: int = field(kw_only=True)
+    """Tokens of the prompt."""
+    blocks: tuple[int, ...] = field(default=(), kw_only=True)
+    """One id per full block of the prompt. Equal ids mean equal KV: an id stands for the chain
+    hash of the block's tokens, everything before them, and the namespace."""
+    loc: Location | None = field(default=None, kw_only=True, eq=False)
+
+    @property
+    def stop(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.prompt_len + self.max_new_tokens
+
+
+@frozen
+class CachedBlocks:
+    """Blocks that a tier of the engine holds before the graph runs, least recently used first."""
+
+    tier: str
+    blocks: tuple[int, ...] = field(kw_only=True)
+    worker: str | None = field(default=None, kw_only=True)
+
+
+@frozen
+class IRGraph:
+    """An immutable DAG. Nodes stand in topological order: a definition precedes its uses.
+
+    Derived indexes are computed once, on first use.
+    """
+
+    name: str = "main"
+    target: Target = Target()
+    requests: tuple[RequestDecl, ...] = ()
+    nodes: tuple[IRNode, ...] = ()
+    cache: tuple[CachedBlocks, ...] = ()
+    stage: str = "built"
+    loops: tuple[int, ...] = ()
+    """Forwards of each step; empty unless scheduled."""
+
+    @cached_property
+    def by_name(self) -> dict[str, IRNode]:
+        """Nodes by name."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def request(self) -> dict[str, RequestDecl]:
+        """Requests by id."""
+        return {request.id: request for request in self.requests}
+
+    @cached_property
+    def users(self) -> dict[str, list[IRNode]]:
+        """For each name, the nodes that take it as an operand, in order."""
+        users: dict[str, list[IRNode]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for operand in node.operands:
+                users[operand].append(node)
+        return users
+
+    def replace(self, **changes: Any) -> "IRGraph":
+        """A copy of this graph with some fields changed."""
+        return evolve(self, **changes)
+
+    def fresh_name(self, base: str, taken: Iterable[str] = ()) -> str:
+        """`base`, or `base.1`, `base.2`, ...: the first that is neither in the graph nor taken."""
+        used = {*self.by_name, *taken}
+        if base not in used:
+            return base
+        number = 1
+        while f"{base}.{number}" in used:
+            number += 1
+        return f"{base}.{number}"
+
+    def to_networkx(self) -> "nx.DiGraph[str]":
+        """The nodes and their data (`kind="data"`) and order (`kind="order"`) edges."""
+        digraph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
+        for node in self.nodes:
+            digraph.add_node(node.name, node=node)
+        for node in self.nodes:
+            digraph.add_edges_from(((name, node.name) for name in node.operands), kind="data")
+            digraph.add_edges_from(((name, node.name) for name in node.after), kind="order")
+        return digraph

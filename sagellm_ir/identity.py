@@ -1,0 +1,141 @@
+"""What a block of KV *is*: chain hashes of its tokens, and small numbers that stand for them.
+
+A block's identity is the hash of its parent's identity and its own tokens, so equal identities
+mean equal prefixes (a hash chain: R. Merkle, CRYPTO 1987). The first parent is the namespace, so
+that model, adapter and tenant never share. The hash is BLAKE2b (RFC 7693): a tenant cannot make up
+tokens that collide with another's.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from hashlib import blake2b
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+from attrs import frozen
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.request import TracePrompt
+
+__all__ = ["DIGEST_SIZE", "BlockIds", "Namespace", "chain_hashes"]
+
+DIGEST_SIZE = 16
+"""Bytes of a block's identity: 128 bits leave collisions out of reach by chance or by work."""
+
+K = TypeVar("K")
+
+_hash = partial(blake2b, digest_size=DIGEST_SIZE)
+
+
+@frozen
+class Namespace:
+    """Within one namespace equal tokens have equal KV; between two, nothing is shared."""
+
+    model: str
+    adapter: str | None = None
+    tenant: str | None = None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The parent of every first block. Lengths come first, so no two namespaces agree."""
+        state = _hash()
+        for part in (self.model, self.adapter, self.tenant):
+            text = b"" if part is None else part.encode()
+            state.update((-1 if part is None else len(text)).to_bytes(8, "little", signed=True))
+            state.update(text)
+        return state.digest()
+
+
+def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -> list[bytes]:
+    """One digest of `DIGEST_SIZE` bytes for each full block of `block_size` tokens.
+
+    The same on every machine and in every run: tokens are hashed as little-endian uint32.
+
+    Raises:
+        ValueError: a token is not in `[0, 2**32)`.
+    """
+    full = len(tokens) // block_size * block_size
+    try:
+        array = np.asarray(tokens[:full], dtype=np.int64)
+    except OverflowError:
+        array = np.array([-1])
+    if full and (array.min() < 0 or array.max() >= 1 << 32):
+        raise ValueError("token ids must be from 0 to 2**32 - 1")
+    data = memoryview(array.astype("<u4").tobytes())
+    width = 4 * block_size
+    digests, parent = [], namespace.digest
+    for start in range(0, len(data), width):
+        state = _hash(parent)
+        state.update(data[start : start + width])
+        parent = state.digest()
+        digests.append(parent)
+    return digests
+
+
+class _Numbers(dict[K, int]):
+    """A dict that numbers what it has not seen yet."""
+
+    def __init__(self, numbers: "count[int]") -> None:
+        super().__init__()
+        self._numbers = numbers
+
+    def __missing__(self, key: K) -> int:
+        number = self[key] = next(self._numbers)
+        return number
+
+
+class BlockIds:
+    """Numbers blocks 0, 1, 2, ... in the order they are first seen.
+
+    Two blocks get one number exactly when their chain hashes are equal or, for traces, when the
+    trace gave them one id in one namespace. Keep one `BlockIds` as long as numbers must mean the
+    same, for example over all calls of an online planner.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._fresh = count()
+        self._digests: _Numbers[bytes] = _Numbers(self._fresh)
+        self._traces: dict[tuple[Namespace, int], _Numbers[int]] = {}
+
+    def of_digest(self, digest: bytes) -> int:
+        """The id of the block with this chain hash, for example one that an engine reports."""
+        return self._digests[digest]
+
+    def of_tokens(self, tokens: Sequence[int], namespace: Namespace) -> tuple[int, ...]:
+        """The ids of the full blocks of a prompt.
+
+        Raises:
+            ValueError: a token is not in `[0, 2**32)`.
+        """
+        digests = chain_hashes(tokens, self.block_size, namespace)
+        return tuple(map(self._digests.__getitem__, digests))
+
+    def of_trace(self, prompt: TracePrompt, namespace: Namespace) -> tuple[int, ...]:
+        """The ids of the full blocks of a trace's prompt.
+
+        A trace's id names the whole prefix up to its block's end. So larger blocks are named by
+        their last trace block, and smaller ones by their trace block and the place in it. Blocks
+        that the trace says nothing about are new ones: nobody shares them.
+
+        Raises:
+            SageIRError: neither block size is a multiple of the other.
+        """
+        size, given = self.block_size, prompt.block_size
+        if size % given and given % size:
+            message = f"the trace has blocks of {given} tokens, the target blocks of {size}"
+            help_ = f"choose a block_size that divides {given} or is a multiple of it"
+            raise SageIRError(Diagnostic(message, help=help_))
+        numbers = self._traces.get((namespace, given))
+        if numbers is None:
+            numbers = self._traces[namespace, given] = _Numbers(self._fresh)
+        full = prompt.length // size
+        keys: Sequence[int] = prompt.blocks
+        if size > given:
+            keys = keys[size // given - 1 :: size // given]
+        elif size < given:
+            parts = range(given // size)
+            keys = [block * len(parts) + part for block in keys for part in parts]
+        known = tuple(map(numbers.__getitem__, keys[:full]))
+        return known + tuple(next(self._fresh) for _ in range(full - len(known)))

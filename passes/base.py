@@ -17,8 +17,10 @@ class PassContext:
     """What one run of a pass may ask and tell. A pass keeps no state of its own."""
 
     budget: int | None = None
-    """Rewrites still allowed; None allows all. Used to bisect a wrong result to one rewrite,
-    an idea of LLVM's OptBisect."""
+    """Rewrites allowed; None allows all. Used to bisect a wrong result to one rewrite, an idea of
+    LLVM's OptBisect."""
+    rewrites: int = 0
+    """Rewrites made so far."""
     counts: Counter[str] = field(factory=Counter)
     """Statistics of this run: a short plural noun for each thing the pass did."""
 
@@ -28,12 +30,9 @@ class PassContext:
         Ask once before each rewrite that can be left out while the result stays valid. What a
         pass must do for its result to be legal (assigning steps, say) is not asked for.
         """
-        if self.budget is None:
-            return True
-        if self.budget <= 0:
-            return False
-        self.budget -= 1
-        return True
+        allowed = self.budget is None or self.rewrites < self.budget
+        self.rewrites += allowed
+        return allowed
 
     def count(self, what: str, by: int = 1) -> None:
         """Adds to a counter."""

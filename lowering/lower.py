@@ -1,0 +1,316 @@
+"""`lower`: a scheduled `IRGraph` -> an `ExecutionPlan`.
+
+Physical blocks come from liveness: a value's blocks are taken in its step and given back before
+the first step after its last use. The work of a step is in proportion to what changes in it, plus
+one copy of its batch when that changed.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+
+from sagellm_ir.cost import CostModel
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.flat import NONE, FlatGraph
+from sagellm_ir.lowering.groups import SharedRows
+from sagellm_ir.lowering.plan import (
+    Bind,
+    Collective,
+    ExecutionPlan,
+    KVMove,
+    PlanRequest,
+    PlanStep,
+    PrefillChunk,
+    Resident,
+)
+from sagellm_ir.lowering.pools import Pools
+from sagellm_ir.nodes import AllReduce, KVFetch, KVMigrate
+from sagellm_ir.target import DEVICE
+
+__all__ = ["lower"]
+
+
+def lower(
+    graph: IRGraph,
+    tokens: Mapping[str, Sequence[int]] | None = None,
+    *,
+    resident: Sequence[Resident] | None = None,
+    retain: bool = False,
+) -> ExecutionPlan:
+    """Assign blocks, and turn each scheduled step into a `PlanStep`.
+
+    A last step without rows gives back what the step before it used.
+
+    Args:
+        graph: scheduled and verified.
+        tokens: prompt token ids by request id; requests left out get none (a trace).
+        resident: where the content of the graph's `cache` lines is; left out, each tier holds it
+            in its first blocks.
+        retain: keep the prompt blocks of dead values as cache, and free them only when their
+            space is needed, least recently used first.
+
+    Raises:
+        SageIRError: the graph is not scheduled, or its KV does not fit its tiers.
+    """
+    if graph.stage != "scheduled":
+        raise SageIRError(
+            Diagnostic(
+                f"graph {graph.name!r} is {graph.stage}, and lowering needs a scheduled one",
+                help="run the pass 'schedule' last, and 'evict' after it when KV is short",
+            )
+        )
+    return _Lowering(graph, resident, retain).plan(tokens or {})
+
+
+class _Batch:
+    """What runs on one worker, from step to step."""
+
+    def __init__(self, flat: FlatGraph) -> None:
+        self.shared = SharedRows(flat.parent, flat.stop, flat.span)
+        self.context = 0
+        """Tokens that the decode rows attend to in the next forward, summed over the rows."""
+        self.generated = 0
+        """The part of `context` behind the rows' prefixes, nearly: what no row shares."""
+        self._order: list[int] = []
+        self._names: list[str] = []
+        self._decode: tuple[str, ...] | None = ()
+        self.reduces: dict[int, Collective] = {}
+
+    @property
+    def decode(self) -> tuple[str, ...]:
+        """The decoding requests, in the order of the graph's requests."""
+        if self._decode is None:
+            self._decode = tuple(self._names)
+        return self._decode
+
+    def join(self, row: int, name: str) -> None:
+        """A request starts to decode."""
+        place = bisect_left(self._order, row)
+        self._order.insert(place, row)
+        self._names.insert(place, name)
+        self._decode = None
+
+    def part(self, row: int) -> None:
+        """A request stops decoding."""
+        place = bisect_left(self._order, row)
+        del self._order[place], self._names[place]
+        self._decode = None
+
+
+class _Lowering:
+    """One run of `lower`."""
+
+    def __init__(self, graph: IRGraph, resident: Sequence[Resident] | None, retain: bool) -> None:
+        self.graph = graph
+        self.flat = FlatGraph(graph)
+        self.pools = Pools(graph, self.flat, resident, retain)
+        self.cost = CostModel(graph.target)
+        self.batches = {worker.name: _Batch(self.flat) for worker in graph.target.workers}
+        self.order = {request.id: number for number, request in enumerate(graph.requests)}
+        self.bound: dict[str, int] = {}
+        """For each request, the node its table reaches to."""
+        self.answering: set[str] = set()
+        """Requests that have started to decode."""
+
+    def plan(self, tokens: Mapping[str, Sequence[int]]) -> ExecutionPlan:
+        """The plan of the whole graph."""
+        resident = self.pools.content()
+        steps = [self.step(index, loops) for index, loops in enumerate(self.graph.loops)]
+        if steps:
+            self.pools.release(self.flat.dead.get(len(steps), ()))
+            worker = steps[-1].worker
+            if frees := self.pools.take_frees(worker):
+                steps.append(PlanStep(len(steps), worker, frees))
+        requests = tuple(
+            PlanRequest(
+                decl.id,
+                max_new_tokens=decl.max_new_tokens,
+                arrival=decl.arrival,
+                priority=decl.priority,
+                deadline=decl.deadline,
+                adapter=decl.adapter,
+                tenant=decl.tenant,
+                session=decl.session,
+                prompt_len=decl.prompt_len,
+                tokens=tuple(tokens[decl.id]) if decl.id in tokens else None,
+                blocks=decl.blocks,
+            )
+            for decl in self.graph.requests
+        )
+        retained = self.pools.content()
+        name, target = self.graph.name, self.graph.target
+        return ExecutionPlan(name, target, requests, tuple(steps), resident, retained)
+
+    def step(self, index: int, loops: int) -> PlanStep:
+        """One step: what ends, what moves, what is bound, what runs."""
+        flat = self.flat
+        worker = flat.step_worker[index]
+        batch = self.batches[worker]
+        self.pools.release(flat.dead.get(index, ()))
+        self.end(flat.ended.get(index, ()))
+        moves, seconds = self.move(flat.moves.get(index, ()), worker)
+        binds: list[Bind] = []
+        chunks, entered = self.prefill(flat.prefills.get(index, ()), batch, binds)
+        self.start(flat.decodes.get(index, ()), batch, binds)
+        for i in flat.reduces.get(index, ()):
+            node = self.graph.nodes[i]
+            assert isinstance(node, AllReduce), node
+            batch.reduces[i] = Collective(node.group, node.bytes, node.calls, node.fused)
+        seconds += self.forwards(batch, chunks, loops)
+        step = PlanStep(
+            index,
+            worker,
+            (*self.pools.take_frees(worker), *moves),
+            tuple(binds),
+            chunks,
+            batch.decode,
+            loops,
+            batch.shared.groups,
+            tuple(batch.reduces.values()),
+            seconds,
+        )
+        for i, row in entered:
+            batch.shared.leave(i, row)
+        batch.context += loops * len(batch.decode)
+        batch.generated += loops * len(batch.decode)
+        return step
+
+    def end(self, ended: Iterable[int]) -> None:
+        """Take out the decodes and collectives that ran for the last time."""
+        flat = self.flat
+        for i in ended:
+            batch = self.batches[flat.worker[i]]
+            if not flat.span[i]:
+                del batch.reduces[i]
+            elif flat.forwards(i):
+                node = flat.kv(i)
+                row = self.order[node.request]
+                batch.shared.leave(i, 2 * row + 1)
+                batch.part(row)
+                batch.context -= node.stop
+                batch.generated -= node.stop - node.start
+
+    def move(self, moves: Iterable[int], worker: str) -> tuple[list[KVMove], float]:
+        """Fetches and migrates, in node order, and their seconds."""
+        done: list[KVMove] = []
+        seconds = 0.0
+        for i in moves:
+            node = self.graph.nodes[i]
+            assert isinstance(node, KVFetch | KVMigrate), node
+            source = self.flat.source[i]
+            tier = node.src if isinstance(node, KVFetch) else self.flat.kv(source).tier
+            if source == NONE and tier == DEVICE:
+                self.pools.pin(i)
+                continue
+            origin = worker if source == NONE else self.flat.worker[source]
+            blocks = self.pools.cached(i) if source == NONE else self.blocks(source, i)
+            self.pools.allocate(i)
+            if blocks:
+                own = self.pools.own[i]
+                other = None if origin == worker else origin
+                done.append(KVMove(tier, node.tier, blocks, own, other, node.name))
+                far = node.tier if tier == DEVICE else tier
+                seconds += self.cost.transfer(len(blocks), far)
+        return done, seconds
+
+    def blocks(self, source: int, i: int) -> tuple[int, ...]:
+        """The blocks of value `source` that node `i` copies: those that `i` itself owns."""
+        first, count = self.flat.first[i], self.flat.blocks[i]
+        if self.flat.kv(source).tier != DEVICE:
+            own, at = self.pools.own[source], first - self.flat.first[source]
+            return own[at : at + count]
+        table = self.table(source, NONE)
+        return table[first : first + count]
+
+    def prefill(
+        self, prefills: Iterable[int], batch: _Batch, binds: list[Bind]
+    ) -> tuple[tuple[PrefillChunk, ...], list[tuple[int, int]]]:
+        """Chunks in request order, and the rows they entered: node and number."""
+        chunks: dict[int, PrefillChunk] = {}
+        entered: list[tuple[int, int]] = []
+        for i in prefills:
+            node = self.flat.kv(i)
+            name = self.heir(i)
+            self.pools.allocate(i)
+            self.bind(i, name, binds)
+            row = self.order[name]
+            earlier = chunks.get(row)
+            if earlier is None:
+                chunks[row] = PrefillChunk(name, node.start, node.stop)
+                batch.shared.enter(i, 2 * row, name)
+                entered.append((i, 2 * row))
+            else:
+                # Neighbouring chunks of one request in one step are one chunk.
+                assert earlier.stop == node.start, node
+                chunks[row] = PrefillChunk(name, earlier.start, node.stop)
+        return tuple(chunks[row] for row in sorted(chunks)), entered
+
+    def start(self, decodes: Iterable[int], batch: _Batch, binds: list[Bind]) -> None:
+        """Let requests join the batch."""
+        for i in decodes:
+            node = self.flat.kv(i)
+            decl = self.graph.request[node.request]
+            self.pools.allocate(i)
+            self.bind(i, node.request, binds)
+            self.answering.add(node.request)
+            if self.flat.forwards(i):
+                row = self.order[node.request]
+                batch.shared.enter(i, 2 * row + 1, node.request)
+                batch.join(row, node.request)
+                # A row that continues a decode first feeds the last token of that one.
+                first = int(node.start == decl.prompt_len)
+                batch.context += node.start + first
+                batch.generated += first
+
+    def heir(self, i: int) -> str:
+        """The request that runs prefill `i`: its own, or a user of it once that one is decoding."""
+        while (name := self.flat.kv(i).request) in self.answering:
+            children = self.flat.children.get(i)
+            if not children:
+                break
+            i = children[0]
+        return name
+
+    def bind(self, i: int, name: str, binds: list[Bind]) -> None:
+        """Make the table of request `name` reach to node `i`: bind what is new or changed."""
+        flat, old = self.flat, self.bound.get(name, NONE)
+        self.bound[name] = i
+        if old == flat.parent[i]:
+            if flat.blocks[i]:
+                binds.append(Bind(name, flat.first[i], self.pools.own[i]))
+            return
+        kept = set()
+        while old != NONE:
+            kept.add(old)
+            old = flat.parent[old]
+        at, stop = i, NONE
+        while at != NONE and at not in kept:
+            stop, at = at, flat.parent[at]
+        if stop != NONE and (blocks := self.table(i, at)):
+            binds.append(Bind(name, flat.first[stop], blocks))
+
+    def table(self, i: int, after: int) -> tuple[int, ...]:
+        """The blocks of node `i` and its prefixes, back to but without node `after`."""
+        parts: list[tuple[int, ...]] = []
+        while i != after:
+            parts.append(self.pools.own[i])
+            i = self.flat.parent[i]
+        return tuple(block for part in reversed(parts) for block in part)
+
+    def forwards(self, batch: _Batch, chunks: tuple[PrefillChunk, ...], loops: int) -> float:
+        """Seconds of the step's forwards and collectives; of many, the middle one counts."""
+        rows = len(batch.decode)
+        if not rows and not chunks:
+            return 0.0
+        grown = rows * (loops - 1) // 2
+        tokens, logits, pairs = rows, rows, batch.context + grown
+        for chunk in chunks:
+            size = chunk.stop - chunk.start
+            tokens += size
+            pairs += size * (chunk.start + chunk.stop + 1) // 2
+            logits += chunk.stop == self.graph.request[chunk.request].prompt_len
+        read = batch.shared.kv_tokens + batch.generated + grown
+        seconds = self.cost.forward(tokens, pairs, read, logits)
+        for reduce in batch.reduces.values():
+            seconds += self.cost.allreduce(reduce.bytes, reduce.calls)
+        return loops * seconds

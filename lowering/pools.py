@@ -1,0 +1,258 @@
+"""`Pools`: the physical blocks of every tier and worker while a graph is lowered."""
+
+from collections.abc import Iterable, Sequence
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.allocator import BlockPool, Run, expand
+from sagellm_ir.lowering.flat import NONE, FlatGraph
+from sagellm_ir.lowering.plan import KVFree, Resident
+from sagellm_ir.nodes import KVFetch
+from sagellm_ir.target import DEVICE
+
+__all__ = ["Pools"]
+
+
+class _Pool:
+    """One tier of one worker. Cached content is pinned while a later fetch or a value needs it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.free = BlockPool(capacity)
+        self.block_of: dict[int, int] = {}
+        """Cached content: where each id is."""
+        self.pins: dict[int, int] = {}
+        self.idle: dict[int, None] = {}
+        """Cached ids without a pin, least recently used first."""
+        self.freed: list[Run] = []
+        """Given back since the last `take_frees`."""
+
+    def unpin(self, content: int) -> None:
+        if self.pins[content] > 1:
+            self.pins[content] -= 1
+        else:
+            del self.pins[content]
+            self.idle[content] = None
+
+    def give(self, runs: list[Run]) -> None:
+        self.free.free(runs)
+        self.freed += runs
+
+    def take(self, count: int, near: int) -> list[Run] | None:
+        """Take blocks; drop as much idle content as that needs."""
+        short = count - self.free.free_blocks
+        if short > len(self.idle):
+            return None
+        for content in list(self.idle)[:short] if short > 0 else ():
+            del self.idle[content]
+            self.give([(self.block_of.pop(content), 1)])
+        return self.free.take(count, near)
+
+    def keep(self, content: int, block: int) -> None:
+        """Cache what a dead block holds, or touch the copy there is and give this one back."""
+        if content not in self.block_of:
+            self.block_of[content] = block
+            self.idle[content] = None
+            return
+        self.give([(block, 1)])
+        if content in self.idle:
+            del self.idle[content]
+            self.idle[content] = None
+
+
+class Pools:
+    """Blocks of each value, and of each tier's cache.
+
+    Args:
+        resident: where cached content is; None puts it in the first blocks of its tier.
+        retain: keep the prompt blocks of dead values as cache.
+
+    Raises:
+        SageIRError: the cache does not fit, or `resident` does not hold what the graph reads.
+    """
+
+    def __init__(
+        self,
+        graph: IRGraph,
+        flat: FlatGraph,
+        resident: Sequence[Resident] | None,
+        retain: bool,
+    ) -> None:
+        self.own: list[tuple[int, ...]] = [()] * len(graph.nodes)
+        """The physical blocks each node owns, once it has run."""
+        self._graph, self._flat, self._retain = graph, flat, retain
+        self._runs: dict[int, list[Run]] = {}
+        self._default = graph.target.workers[0].name
+        self._pools = {
+            (tier.name, worker.name): _Pool(tier.blocks)
+            for tier in graph.target.tiers
+            for worker in graph.target.workers
+        }
+        self._read: list[int] = []
+        """Fetches from cache off the device, whose pins end before the next step."""
+        self._reach = self._filled() if retain else []
+        self._load(_first_blocks(graph) if resident is None else resident)
+        self._pin()
+
+    def allocate(self, i: int) -> None:
+        """Take the blocks node `i` owns; those after its prefix's own, when they are free.
+
+        Raises:
+            SageIRError: the tier is full.
+        """
+        flat = self._flat
+        count = flat.blocks[i]
+        if not count:
+            return
+        before = self.own[flat.parent[i]] if flat.parent[i] != NONE else ()
+        pool = self._pool(i)
+        runs = pool.take(count, before[-1] + 1 if before else -1)
+        if runs is None:
+            raise self._full(i, pool)
+        self._runs[i] = runs
+        self.own[i] = expand(runs)
+
+    def pin(self, i: int) -> None:
+        """Let fetch `i` from the device own the cached blocks it hits."""
+        self.own[i] = self.cached(i)
+
+    def cached(self, i: int) -> tuple[int, ...]:
+        """Where the cache that fetch `i` reads is."""
+        pool = self._source_pool(i)
+        where = tuple(pool.block_of[content] for content in self._contents(i))
+        if self._source(i) != DEVICE:
+            self._read.append(i)
+        return where
+
+    def release(self, dead: Iterable[int]) -> None:
+        """Give back what dead values own, and unpin what was read."""
+        for i in self._read:
+            pool = self._source_pool(i)
+            for content in self._contents(i):
+                pool.unpin(content)
+        self._read.clear()
+        for i in dead:
+            if i in self._runs:
+                runs = self._runs.pop(i)
+                if self._retain:
+                    self._keep(i)
+                else:
+                    self._pool(i).give(runs)
+            elif self.own[i]:
+                pool = self._source_pool(i)
+                for content in reversed(self._contents(i)):
+                    pool.unpin(content)
+
+    def take_frees(self, worker: str) -> tuple[KVFree, ...]:
+        """What was given back since the last call, as seen from a step of `worker`."""
+        frees = []
+        for (tier, owner), pool in self._pools.items():
+            if pool.freed:
+                blocks = expand(sorted(pool.freed))
+                frees.append(KVFree(tier, blocks, None if owner == worker else owner))
+                pool.freed.clear()
+        return tuple(frees)
+
+    def content(self) -> tuple[Resident, ...]:
+        """The cache, pinned content last."""
+        found = []
+        for (tier, owner), pool in self._pools.items():
+            if pool.block_of:
+                ids = (*pool.idle, *(c for c in pool.block_of if c not in pool.idle))
+                blocks = tuple(pool.block_of[content] for content in ids)
+                found.append(Resident(tier, ids, blocks, None if owner == self._default else owner))
+        return tuple(found)
+
+    def _load(self, resident: Sequence[Resident]) -> None:
+        for held in resident:
+            pool = self._pools.get((held.tier, held.worker or self._default))
+            if pool is None or len(held.ids) != len(held.blocks):
+                raise _bad_cache(f"of tier {held.tier!r} names no tier of a worker of the target")
+            try:
+                pool.free.reserve(held.blocks)
+            except ValueError:
+                raise _bad_cache(
+                    f"of tier {held.tier!r} does not fit its {pool.free.capacity} blocks"
+                ) from None
+            pool.block_of.update(zip(held.ids, held.blocks, strict=True))
+            pool.idle.update(dict.fromkeys(held.ids))
+
+    def _pin(self) -> None:
+        flat = self._flat
+        for moves in flat.moves.values():
+            for i in moves:
+                if flat.source[i] != NONE:
+                    continue
+                pool = self._source_pool(i)
+                for content in self._contents(i):
+                    if content not in pool.block_of:
+                        name = flat.kv(i).name
+                        raise _bad_cache(f"lacks block {content}, which %{name} fetches")
+                    pool.idle.pop(content, None)
+                    pool.pins[content] = pool.pins.get(content, 0) + 1
+
+    def _filled(self) -> list[int]:
+        """How far the KV of each node's last block reaches: a later node may append to it."""
+        flat = self._flat
+        reach = flat.stop.copy()
+        for i in range(len(reach) - 1, NONE, -1):
+            parent = flat.parent[i]
+            if parent != NONE and reach[parent] < reach[i]:
+                reach[parent] = reach[i]
+        return reach
+
+    def _keep(self, i: int) -> None:
+        node, first = self._flat.kv(i), self._flat.first[i]
+        pool, size = self._pool(i), self._graph.target.block_size
+        contents = self._graph.request[node.request].blocks
+        whole = min(len(contents), self._reach[i] // size)
+        # Backwards: of a chain, what comes last is dropped first.
+        for at in range(first + len(self.own[i]) - 1, first - 1, -1):
+            block = self.own[i][at - first]
+            if at < whole:
+                pool.keep(contents[at], block)
+            else:
+                pool.give([(block, 1)])
+
+    def _contents(self, i: int) -> tuple[int, ...]:
+        node, first = self._flat.kv(i), self._flat.first[i]
+        return self._graph.request[node.request].blocks[first : first + self._flat.blocks[i]]
+
+    def _source(self, i: int) -> str:
+        node = self._flat.kv(i)
+        assert isinstance(node, KVFetch), node
+        return node.src
+
+    def _source_pool(self, i: int) -> _Pool:
+        return self._pools[self._source(i), self._flat.worker[i]]
+
+    def _pool(self, i: int) -> _Pool:
+        return self._pools[self._flat.kv(i).tier, self._flat.worker[i]]
+
+    def _full(self, i: int, pool: _Pool) -> SageIRError:
+        node = self._flat.kv(i)
+        free = pool.free.free_blocks + len(pool.idle)
+        return SageIRError(
+            Diagnostic(
+                f"KV does not fit: in step {node.step}, %{node.name} needs "
+                f"{self._flat.blocks[i]} blocks of tier {node.tier!r} on worker "
+                f"{self._flat.worker[i]!r}, and {free} of {pool.free.capacity} are free",
+                node.loc,
+                help="run the pass 'evict' after 'schedule', or give the tier more blocks",
+            )
+        )
+
+
+def _first_blocks(graph: IRGraph) -> tuple[Resident, ...]:
+    """Cached content in the first blocks of its tier, in the order of the graph's lines."""
+    used: dict[tuple[str, str | None], int] = {}
+    resident = []
+    for line in graph.cache:
+        start = used.get((line.tier, line.worker), 0)
+        stop = used[line.tier, line.worker] = start + len(line.blocks)
+        blocks = tuple(range(start, stop))
+        resident.append(Resident(line.tier, line.blocks, blocks, line.worker))
+    return tuple(resident)
+
+
+def _bad_cache(message: str) -> SageIRError:
+    return SageIRError(Diagnostic(f"the cache {message}"))

@@ -14,14 +14,14 @@ class ModelSpec:
     """The shape of a decoder-only transformer: what cost and KV size depend on."""
 
     name: str = "smollm2-135m"
-    layers: int = 30
-    hidden: int = 576
-    heads: int = 9
-    kv_heads: int = 3
-    head_dim: int = 64
-    intermediate: int = 1536
-    vocab: int = 49152
-    dtype_bytes: int = 4
+    layers: int = field(default=30, validator=validators.gt(0))
+    hidden: int = field(default=576, validator=validators.gt(0))
+    heads: int = field(default=9, validator=validators.gt(0))
+    kv_heads: int = field(default=3, validator=validators.gt(0))
+    head_dim: int = field(default=64, validator=validators.gt(0))
+    intermediate: int = field(default=1536, validator=validators.gt(0))
+    vocab: int = field(default=49152, validator=validators.gt(0))
+    dtype_bytes: int = field(default=4, validator=validators.gt(0))
     """Bytes of one weight, and of one KV element."""
 
     @property
@@ -46,15 +46,15 @@ class Device:
     """Sustained speed of one worker's device. Presets name the source of each figure."""
 
     name: str = "cpu"
-    flops: float = 2.0e11
+    flops: float = field(default=2.0e11, validator=validators.gt(0))
     """Dense matrix arithmetic, FLOP/s."""
-    bandwidth: float = 2.0e10
+    bandwidth: float = field(default=2.0e10, validator=validators.gt(0))
     """Memory bandwidth, bytes/s."""
-    step_overhead: float = 1.0e-3
+    step_overhead: float = field(default=1.0e-3, validator=validators.ge(0))
     """Fixed cost of one forward, seconds."""
-    allreduce_latency: float = 0.0
+    allreduce_latency: float = field(default=0.0, validator=validators.ge(0))
     """Fixed cost of one collective call, seconds."""
-    allreduce_bandwidth: float = 1.0e9
+    allreduce_bandwidth: float = field(default=1.0e9, validator=validators.gt(0))
     """Bytes/s through one collective."""
 
 
@@ -67,7 +67,7 @@ class Tier:
     """Capacity in blocks, on each worker."""
     bandwidth: float = field(default=1.0e10, validator=validators.gt(0))
     """Bytes/s between this tier and the device; for `device` itself, between workers."""
-    latency: float = 0.0
+    latency: float = field(default=0.0, validator=validators.ge(0))
     """Fixed cost of one transfer, seconds."""
 
 

@@ -11,7 +11,7 @@ from attrs import frozen
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.identity import BlockIds, Namespace
-from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVNode, Location, Prefill
+from sagellm_ir.nodes import Decode, IRNode, KVNode, Location, Prefill, collective
 from sagellm_ir.request import ChatPrompt, Message, Request, TextPrompt, TokenPrompt, TracePrompt
 from sagellm_ir.target import DEVICE, Target
 
@@ -227,21 +227,8 @@ def _nodes(decls: Sequence[RequestDecl], target: Target) -> tuple[IRNode, ...]:
         ]
         nodes += made
         if target.tp > 1:
-            nodes += [_collective(node, target) for node in made]
+            nodes += [collective(node, target, f"{node.name}.sum") for node in made]
     return tuple(nodes)
-
-
-def _collective(node: KVNode, target: Target) -> AllReduce:
-    """The sums of one forward of `node`: of every row, after attention and after the MLP."""
-    model = target.model
-    rows = 1 if isinstance(node, Decode) else node.stop - node.start
-    return AllReduce(
-        f"{node.name}.sum",
-        operands=(node.name,),
-        bytes=rows * model.hidden * model.dtype_bytes,
-        calls=2 * model.layers,
-        loc=node.loc,
-    )
 
 
 def _turns_in_order(decls: Sequence[RequestDecl]) -> Sequence[RequestDecl]:

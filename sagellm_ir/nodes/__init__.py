@@ -1,6 +1,6 @@
 """The node kinds: one file each; `KINDS` maps a kind's name in the text to its class."""
 
-from sagellm_ir.nodes.allreduce import AllReduce
+from sagellm_ir.nodes.allreduce import AllReduce, collective, payload
 from sagellm_ir.nodes.base import IRNode, KVNode, Location, Origin
 from sagellm_ir.nodes.decode import Decode
 from sagellm_ir.nodes.kv_fetch import KVFetch
@@ -18,6 +18,8 @@ __all__ = [
     "Location",
     "Origin",
     "Prefill",
+    "collective",
+    "payload",
 ]
 
 KINDS: dict[str, type[IRNode]] = {

@@ -5,8 +5,10 @@ from typing import ClassVar
 from attrs import field, frozen
 
 from sagellm_ir.nodes.base import IRNode
+from sagellm_ir.nodes.prefill import Prefill
+from sagellm_ir.target import Target
 
-__all__ = ["AllReduce"]
+__all__ = ["AllReduce", "collective", "payload"]
 
 
 @frozen
@@ -29,3 +31,21 @@ class AllReduce(IRNode):
     @property
     def type(self) -> str:
         return f"sum<{self.bytes}>"
+
+
+def payload(node: IRNode, target: Target) -> int:
+    """Bytes of one all-reduce over the rows of one forward of a prefill or decode."""
+    rows = node.stop - node.start if isinstance(node, Prefill) else 1
+    return rows * target.model.hidden * target.model.dtype_bytes
+
+
+def collective(node: IRNode, target: Target, name: str) -> AllReduce:
+    """The sums of each forward of a prefill or decode: after attention and MLP of every layer."""
+    return AllReduce(
+        name,
+        operands=(node.name,),
+        bytes=payload(node, target),
+        calls=2 * target.model.layers,
+        loc=node.loc,
+        origin=node.origin,
+    )

@@ -1,0 +1,1 @@
+"""Engines: one package each. Importing this imports none of them."""

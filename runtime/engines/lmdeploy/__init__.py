@@ -1,0 +1,1 @@
+"""LMDeploy's PyTorch engine, patched so that our plans drive it."""

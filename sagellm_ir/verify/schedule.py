@@ -1,0 +1,207 @@
+"""Laws of stages and of schedules: what is set when, and what may run in which step."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sagellm_ir.nodes import Decode
+from sagellm_ir.verify.columns import NONE, Columns, Ints, Mask
+from sagellm_ir.verify.report import Finding
+
+__all__ = ["SCHEDULE_LAWS", "STAGE_LAWS", "step_workers"]
+
+
+def no_steps_yet(c: Columns) -> Iterator[Finding]:
+    """Before `schedule`, nothing has a step."""
+    stage = c.graph.stage
+    if stage == "scheduled":
+        return
+    if c.graph.loops:
+        yield Finding(f"a {stage} graph has no steps yet")
+    for i in np.flatnonzero(np.maximum(c.step, c.finish) != NONE).tolist():
+        yield Finding(f"a node of a {stage} graph has no step yet", i)
+
+
+def workers_of_stage(c: Columns) -> Iterator[Finding]:
+    """Workers are set by placing: on no node of a built graph, on all of a placed one."""
+    stage, unset = c.graph.stage, c.worker == NONE
+    if stage == "built":
+        for i in np.flatnonzero(~unset).tolist():
+            yield Finding("a node of a built graph has no worker yet", i)
+    elif stage == "placed" or not unset.all():
+        for i in np.flatnonzero(unset).tolist():
+            yield Finding(f"a node of this {stage} graph has no worker", i)
+
+
+def steps_set(c: Columns) -> Iterator[Finding]:
+    """In a scheduled graph every node has a step, and a decode the step it ends in."""
+    if c.graph.stage != "scheduled":
+        return
+    steps = len(c.graph.loops)
+    late = (c.finish < c.step) | (c.finish >= steps)
+    for i in np.flatnonzero((c.step < 0) | late).tolist():
+        node = c.nodes[i]
+        if node.step is None:
+            message = "a node of a scheduled graph has no step"
+        elif isinstance(node, Decode) and node.until is not None and node.until < node.step:
+            message = f"the decode ends in step {node.until}, before it starts in {node.step}"
+        else:
+            message = f"step {max(c.step[i], c.finish[i])} is not among the graph's {steps} steps"
+        yield Finding(message, i)
+    for i in np.flatnonzero(c.is_decode).tolist():
+        node = c.nodes[i]
+        if isinstance(node, Decode) and node.until is None:
+            yield Finding("a decode of a scheduled graph has no 'until'", i)
+    limit = c.graph.target.max_loops
+    for step, loops in enumerate(c.graph.loops):
+        if not 0 <= loops <= limit:
+            yield Finding(f"step {step} has {loops} forwards: expected 0 to {limit} (max_loops)")
+
+
+STAGE_LAWS = (no_steps_yet, workers_of_stage, steps_set)
+
+
+def step_workers(c: Columns) -> Ints:
+    """The worker of each step: that of what starts in it; when nothing does, that of the step
+    before, as long as it has decodes to run, else the first one that has."""
+    steps, workers = len(c.graph.loops), len(c.graph.target.workers)
+    owners: Ints = np.zeros(steps, dtype=np.int64)
+    if workers == 1 or not steps:
+        return owners
+    worker = np.maximum(c.worker, 0)
+    started: Ints = np.full(steps, NONE, dtype=np.int64)
+    started[c.step] = worker
+    running = _running(c, c.is_decode)
+    current = 0
+    for step in range(steps):
+        if started[step] != NONE:
+            current = int(started[step])
+        elif not running[current, step] and running[:, step].any():
+            current = int(running[:, step].argmax() if workers else 0)
+        owners[step] = current
+    return owners
+
+
+def _running(c: Columns, nodes: Mask) -> Ints:
+    """For each worker and step, how many of some nodes run then, from step to finish."""
+    counts: Ints = np.zeros((len(c.graph.target.workers), len(c.graph.loops) + 1), dtype=np.int64)
+    worker = np.maximum(c.worker[nodes], 0)
+    np.add.at(counts, (worker, c.step[nodes]), 1)
+    np.add.at(counts, (worker, c.finish[nodes] + 1), -1)
+    return np.cumsum(counts, axis=1)[:, :-1]
+
+
+def operands_first(c: Columns) -> Iterator[Finding]:
+    """A node runs after its operands.
+
+    In one step, moves run first, in node order, then the forward. So in the step of an operand
+    may run: what reads a moved value, a prefill chunk after a prefill chunk (each layer writes KV
+    before attention reads it), and a decode that runs no forward.
+    """
+    user, operand = c.operands.user, c.operands.target
+    same_step = c.is_move[operand] | (c.is_prefill[user] & c.is_prefill[operand])
+    same_step |= c.is_decode[user] & (c.forwards[user] == 0)
+    early = c.step[user] < c.finish[operand] + ~same_step
+    for edge in np.flatnonzero(early & ~c.is_allreduce[user]).tolist():
+        yield _too_early(c, int(user[edge]), int(operand[edge]), "its operand")
+
+
+def after_first(c: Columns) -> Iterator[Finding]:
+    """A node runs in a step after what it is `after`; after a move, it may be the same step."""
+    user, other = c.after.user, c.after.target
+    for edge in np.flatnonzero(c.step[user] < c.finish[other] + ~c.is_move[other]).tolist():
+        yield _too_early(c, int(user[edge]), int(other[edge]), "what it is after,")
+
+
+def _too_early(c: Columns, i: int, j: int, what: str) -> Finding:
+    return Finding(
+        f"%{c.names[i]} runs in step {c.step[i]}, but {what} %{c.names[j]} ends in step "
+        f"{c.finish[j]}",
+        i,
+    )
+
+
+def collectives_inside(c: Columns) -> Iterator[Finding]:
+    """A collective starts in a step in which all its operands run."""
+    user, operand = c.operands.user, c.operands.target
+    outside = (c.step[user] < c.step[operand]) | (c.step[user] > c.finish[operand])
+    for edge in np.flatnonzero(outside & c.is_allreduce[user]).tolist():
+        i, j = int(user[edge]), int(operand[edge])
+        yield Finding(f"%{c.names[j]} does not run in step {c.step[i]}, its collective does", i)
+
+
+def step_on_one_worker(c: Columns) -> Iterator[Finding]:
+    """All nodes of a step are on one worker."""
+    if len(c.graph.target.workers) == 1:
+        return
+    owners, worker = step_workers(c), np.maximum(c.worker, 0)
+    for i in np.flatnonzero(owners[c.step] != worker).tolist():
+        owner = c.graph.target.workers[owners[c.step[i]]].name
+        yield Finding(f"step {c.step[i]} is of worker {owner!r}, not {c.nodes[i].worker!r}", i)
+
+
+def decode_forwards(c: Columns) -> Iterator[Finding]:
+    """A decode gets the forwards it needs: over its steps, on its worker, not one more.
+
+    n tokens need n forwards, and n-1 when the prompt's last prefill yields the first token. With
+    no forward to run, the decode is done in the step of that prefill.
+    """
+    decodes = np.flatnonzero(c.is_decode)
+    owners, loops = step_workers(c), np.array(c.graph.loops, dtype=np.int64)
+    worker = np.maximum(c.worker[decodes], 0)
+    step, until, needed = c.step[decodes], c.finish[decodes], c.forwards[decodes]
+    got = np.zeros(len(decodes), dtype=np.int64)
+    for number in range(len(c.graph.target.workers)):
+        done = np.concatenate(([0], np.cumsum(np.where(owners == number, loops, 0))))
+        mine = worker == number
+        got[mine] = done[until[mine] + 1] - done[step[mine]]
+    idle = (owners[until] != worker) | (owners[step] != worker)
+    for k in np.flatnonzero((needed > 0) & ((got != needed) | idle)).tolist():
+        ends = "" if got[k] != needed[k] else ", but starts or ends in a step of another worker"
+        yield Finding(
+            f"the decode needs {needed[k]} forwards, and steps {step[k]} to {until[k]} "
+            f"have {got[k]}{ends}",
+            int(decodes[k]),
+        )
+    prefix = c.prefix[decodes]
+    at_prefill = c.is_prefill[prefix] & (step != c.step[prefix])
+    for k in np.flatnonzero((needed == 0) & ((step != until) | at_prefill)).tolist():
+        yield Finding(
+            f"a decode without forwards is done in the step of its prefill, "
+            f"{c.step[prefix[k]]}, not in steps {step[k]} to {until[k]}",
+            int(decodes[k]),
+        )
+
+
+def step_budgets(c: Columns) -> Iterator[Finding]:
+    """A step keeps to the target's tokens, sequences and mix; with a prefill it has one forward."""
+    target, steps = c.graph.target, len(c.graph.loops)
+    loops = np.array(c.graph.loops, dtype=np.int64)
+    owners = step_workers(c)
+    rows = _running(c, c.is_decode & (c.forwards > 0))[owners, np.arange(steps)]
+    step, span = c.step[c.is_prefill], (c.stop - c.start)[c.is_prefill]
+    tokens = np.bincount(step, weights=span, minlength=steps).astype(np.int64)
+    pairs = np.unique(np.stack((step, c.request[c.is_prefill])), axis=1)
+    sequences = np.bincount(pairs[0], minlength=steps)
+    for k in np.flatnonzero((sequences > 0) & (loops != 1)).tolist():
+        yield Finding(f"step {k} has a prefill, so it has one forward, not {loops[k]}")
+    for k in np.flatnonzero(tokens + rows > target.max_tokens).tolist():
+        yield Finding(
+            f"step {k} computes {tokens[k] + rows[k]} tokens, max_tokens is {target.max_tokens}"
+        )
+    for k in np.flatnonzero(sequences + rows > target.max_batch).tolist():
+        yield Finding(
+            f"step {k} runs {sequences[k] + rows[k]} sequences, max_batch is {target.max_batch}"
+        )
+    for k in np.flatnonzero((sequences > 0) & (rows > 0)).tolist() if not target.mixed else ():
+        yield Finding(f"step {k} has prefills and decodes, but the target does not mix them")
+
+
+SCHEDULE_LAWS = (
+    operands_first,
+    after_first,
+    collectives_inside,
+    step_on_one_worker,
+    decode_forwards,
+    step_budgets,
+)

@@ -1,0 +1,68 @@
+"""Laws of service: every request gets its whole answer, once."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sagellm_ir.verify.columns import NONE, Columns
+from sagellm_ir.verify.report import Finding
+
+__all__ = ["LAWS"]
+
+
+def answered_once(c: Columns) -> Iterator[Finding]:
+    """The decodes of a request cover its answer without gap or overlap."""
+    decodes = np.flatnonzero(c.is_decode)
+    decodes = decodes[np.lexsort((c.start[decodes], c.request[decodes]))]
+    request, start, stop = c.request[decodes], c.start[decodes], c.stop[decodes]
+    first = np.ones(len(decodes), dtype=bool)
+    first[1:] = request[1:] != request[:-1]
+    expected = np.where(first, c.prompt[request] if len(c.prompt) else 0, np.roll(stop, 1))
+    for k in np.flatnonzero(start != expected).tolist():
+        asked = c.graph.requests[request[k]]
+        how = "left out" if start[k] > expected[k] else "generated twice"
+        low, high = sorted((int(start[k]), int(expected[k])))
+        yield Finding(f"tokens [{low}:{high}] of @{asked.id} are {how}", int(decodes[k]))
+    reached = np.full(len(c.prompt), NONE, dtype=np.int64)
+    np.maximum.at(reached, request, stop)
+    for k in np.flatnonzero(reached != c.end).tolist():
+        asked = c.graph.requests[k]
+        if reached[k] == NONE:
+            yield Finding(
+                f"request @{asked.id} has no decode: nothing generates its "
+                f"{asked.max_new_tokens} tokens",
+                request=asked,
+            )
+        elif reached[k] < asked.stop:
+            yield Finding(
+                f"tokens [{reached[k]}:{asked.stop}] of @{asked.id} are left out", request=asked
+            )
+
+
+def prompt_ends_once(c: Columns) -> Iterator[Finding]:
+    """One prefill ends the prompt of a request: the first token comes out of it, once."""
+    ends = np.flatnonzero(c.is_prefill)
+    ends = ends[c.stop[ends] == c.prompt[c.request[ends]]] if len(c.prompt) else ends[:0]
+    count = np.bincount(c.request[ends], minlength=len(c.prompt))
+    for k in np.flatnonzero(count != 1).tolist():
+        asked = c.graph.requests[k]
+        if count[k]:
+            node = int(ends[c.request[ends] == k][1])
+            message = f"%{c.names[node]} ends the prompt of @{asked.id} a second time"
+            yield Finding(message, node, help="its first token would be drawn twice")
+        else:
+            yield Finding(
+                f"no prefill ends the prompt of @{asked.id} (token {asked.prompt_len - 1})",
+                request=asked,
+                help="the last token of a prompt must be computed, even when its KV is cached",
+            )
+
+
+def decode_follows_own_prompt(c: Columns) -> Iterator[Finding]:
+    """The prefix of a decode is KV of its own request: its last token is the decode's input."""
+    decodes = np.flatnonzero(c.is_decode & (c.prefix != NONE))
+    for i in decodes[c.request[decodes] != c.request[c.prefix[decodes]]].tolist():
+        yield Finding(f"the prefix %{c.names[c.prefix[i]]} is of another request", i)
+
+
+LAWS = (answered_once, prompt_ends_once, decode_follows_own_prompt)

@@ -1,0 +1,105 @@
+"""Laws of spans: which tokens a node covers, and how spans meet."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sagellm_ir.nodes import AllReduce, KVNode
+from sagellm_ir.verify.columns import NONE, Columns
+from sagellm_ir.verify.report import Finding
+
+__all__ = ["LAWS"]
+
+
+def nonempty_spans(c: Columns) -> Iterator[Finding]:
+    """A span `[start, stop)` has tokens."""
+    for i in np.flatnonzero(c.is_kv & ((c.start < 0) | (c.start >= c.stop))).tolist():
+        yield Finding(f"empty span [{c.start[i]}:{c.stop[i]}]: expected 0 <= start < stop", i)
+
+
+def spans_inside_requests(c: Columns) -> Iterator[Finding]:
+    """Prefills stay in the prompt, decodes in the answer, all KV in the request."""
+    if not len(c.prompt):
+        return
+    prompt, end = c.prompt[c.request], c.end[c.request]
+    low = np.where(c.is_decode, prompt, 0)
+    high = np.where(c.is_prefill, prompt, end)
+    for i in np.flatnonzero(c.is_kv & ((c.start < low) | (c.stop > high))).tolist():
+        node = c.nodes[i]
+        assert isinstance(node, KVNode)
+        part = {True: "prompt", bool(c.is_decode[i]): "answer"}.get(bool(c.is_prefill[i]), "tokens")
+        yield Finding(
+            f"span [{node.start}:{node.stop}] is not inside the {part} "
+            f"[{low[i]}:{high[i]}] of @{node.request}",
+            i,
+        )
+
+
+def spans_abut(c: Columns) -> Iterator[Finding]:
+    """A node starts where its prefix stops; so a prefix chain covers `[0, start)` without gaps."""
+    for i in np.flatnonzero((c.prefix != NONE) & (c.start != c.stop[c.prefix])).tolist():
+        prefix = c.nodes[c.prefix[i]]
+        yield Finding(
+            f"%{c.names[i]} starts at {c.start[i]}, but its prefix %{prefix.name} "
+            f"stops at {c.stop[c.prefix[i]]}",
+            i,
+        )
+
+
+def one_append(c: Columns) -> Iterator[Finding]:
+    """A value that ends inside a block has one node at most that appends to it (alignment law)."""
+    size = c.graph.target.block_size
+    users = np.flatnonzero(c.is_forward & (c.prefix != NONE))
+    users = users[c.start[users] % size != 0]
+    prefixes = c.prefix[users]
+    values, first = np.unique(prefixes, return_index=True)
+    if len(values) == len(users):
+        return
+    for i in np.delete(users, first).tolist():
+        prefix = c.names[c.prefix[i]]
+        other = c.names[users[prefixes == c.prefix[i]][0]]
+        yield Finding(
+            f"%{c.names[i]} and %{other} both append to %{prefix}, "
+            f"which ends inside a block (at {c.start[i]}, blocks of {size})",
+            i,
+            help=f"end %{prefix} at {c.start[i] // size * size}, a block boundary",
+        )
+
+
+def copies_inside_sources(c: Columns) -> Iterator[Finding]:
+    """A move copies a part of its source that is cut at block boundaries."""
+    size = c.graph.target.block_size
+    moves = np.flatnonzero(c.source != NONE)
+    start, stop = c.start[moves], c.stop[moves]
+    low, high = c.start[c.source[moves]], c.stop[c.source[moves]]
+    outside = (start < low) | (stop > high)
+    cut = ((start != low) & (start % size != 0)) | ((stop != high) & (stop % size != 0))
+    for k in np.flatnonzero(outside | cut).tolist():
+        source = c.names[c.source[moves[k]]]
+        why = "is not inside" if outside[k] else f"cuts a block of {size} tokens of"
+        yield Finding(
+            f"span [{start[k]}:{stop[k]}] {why} the span [{low[k]}:{high[k]}] "
+            f"of the source %{source}",
+            int(moves[k]),
+        )
+
+
+def sound_collectives(c: Columns) -> Iterator[Finding]:
+    """A collective has a payload and is called."""
+    for i in np.flatnonzero(c.is_allreduce).tolist():
+        node = c.nodes[i]
+        assert isinstance(node, AllReduce)
+        if node.bytes < 0 or node.calls < 1:
+            yield Finding(
+                f"{node.bytes} bytes in {node.calls} calls: expected bytes >= 0 and calls >= 1", i
+            )
+
+
+LAWS = (
+    nonempty_spans,
+    spans_inside_requests,
+    spans_abut,
+    one_append,
+    copies_inside_sources,
+    sound_collectives,
+)

@@ -1,0 +1,175 @@
+"""Laws of form: names, definitions, kinds of operands. The other laws rely on these."""
+
+import difflib
+from collections.abc import Iterator
+
+import networkx as nx
+import numpy as np
+
+from sagellm_ir.diagnostics import suggest
+from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
+from sagellm_ir.target import DEVICE
+from sagellm_ir.verify.columns import NONE, Columns, Edges
+from sagellm_ir.verify.report import Finding
+
+__all__ = ["LAWS"]
+
+
+def unique_names(c: Columns) -> Iterator[Finding]:
+    """No two nodes have one name."""
+    if len(c.index) == len(c.names):
+        return
+    first: dict[str, int] = {}
+    for i, name in enumerate(c.names):
+        if first.setdefault(name, i) != i:
+            yield Finding(f"%{name} is defined twice", i)
+
+
+def known_operands(c: Columns) -> Iterator[Finding]:
+    """Every operand is a node of the graph."""
+    for edge in np.flatnonzero(c.operands.target == NONE).tolist():
+        name = c.operands.names[edge]
+        yield Finding(
+            f"operand %{name} is not defined",
+            int(c.operands.user[edge]),
+            help=_near(name, c),
+        )
+
+
+def known_after(c: Columns) -> Iterator[Finding]:
+    """Every order edge names a node of the graph."""
+    for edge in np.flatnonzero(c.after.target == NONE).tolist():
+        name = c.after.names[edge]
+        yield Finding(
+            f"'after' names %{name}, which is not defined",
+            int(c.after.user[edge]),
+            help=_near(name, c),
+        )
+
+
+def _near(name: str, c: Columns) -> str:
+    """A suggestion, where the graph is small enough to look for one."""
+    near = difflib.get_close_matches(name, c.names, n=1) if len(c.names) <= 1000 else []
+    return f"did you mean %{near[0]}?" if near else ""
+
+
+def defined_before_use(c: Columns) -> Iterator[Finding]:
+    """A definition stands before its uses, so there is no cycle."""
+    late = [
+        (int(edges.user[edge]), edges.names[edge])
+        for edges in (c.operands, c.after)
+        for edge in np.flatnonzero(edges.target >= edges.user).tolist()
+    ]
+    if late and (cycle := _cycle(c)):
+        path = " -> ".join(f"%{name}" for name in cycle)
+        yield Finding(f"the graph has a cycle: {path}", c.index[cycle[0]])
+        return
+    for user, name in sorted(late):
+        yield Finding(
+            f"%{name} is used before it is defined",
+            user,
+            help=f"move %{name} above this line",
+        )
+
+
+def _cycle(c: Columns) -> list[str]:
+    """The names along a cycle, the first one again at its end; empty when there is none."""
+    digraph: nx.DiGraph[str] = nx.DiGraph()
+    for edges in (c.operands, c.after):
+        _add(digraph, edges, c.names)
+    try:
+        found = nx.find_cycle(digraph)
+    except nx.NetworkXNoCycle:
+        return []
+    return [found[0][0], *(edge[1] for edge in found)]
+
+
+def _add(digraph: "nx.DiGraph[str]", edges: Edges, names: list[str]) -> None:
+    known = np.flatnonzero(edges.target != NONE)
+    pairs = np.stack((edges.user[known], edges.target[known]), axis=1).tolist()
+    digraph.add_edges_from((names[user], names[target]) for user, target in pairs)
+
+
+def known_requests(c: Columns) -> Iterator[Finding]:
+    """Every KV belongs to a request of the graph."""
+    for i in np.flatnonzero(c.is_kv & (c.request == NONE)).tolist():
+        node = c.nodes[i]
+        assert isinstance(node, KVNode)
+        yield Finding(
+            f"request @{node.request} is not declared",
+            i,
+            help=suggest(node.request, c.request_index),
+        )
+
+
+def known_workers(c: Columns) -> Iterator[Finding]:
+    """Every worker is one of the target's."""
+    for i in np.flatnonzero(c.worker == NONE).tolist():
+        worker = c.nodes[i].worker
+        if worker is not None:
+            yield Finding(
+                f"the target has no worker {worker!r}", i, help=suggest(worker, c.worker_index)
+            )
+
+
+def known_tiers(c: Columns) -> Iterator[Finding]:
+    """Every tier is one of the target's."""
+    for i in np.flatnonzero(c.is_move).tolist():
+        node = c.nodes[i]
+        tier = node.src if isinstance(node, KVFetch) else getattr(node, "to", DEVICE)
+        if tier not in c.tier_index:
+            yield Finding(f"the target has no tier {tier!r}", i, help=suggest(tier, c.tier_index))
+
+
+def operand_counts(c: Columns) -> Iterator[Finding]:
+    """A KV node has a prefix exactly when it starts after 0; moves have a source besides."""
+    inner = c.start > 0
+    on_device = inner & (c.tier == c.device)
+    fewest = np.select([c.is_forward | c.is_fetch, c.is_migrate], [inner, 1 + on_device], 1)
+    most = np.select([c.is_forward, c.is_fetch, c.is_migrate], [inner, 1 + inner, 1 + on_device], 1)
+    count = c.operands.count
+    most = np.where(c.is_allreduce, np.maximum(count, 1), most)
+    fixed = c.is_forward | c.is_move | c.is_allreduce
+    for i in np.flatnonzero(fixed & ((count < fewest) | (count > most))).tolist():
+        yield Finding(_expected_operands(c.nodes[i], int(count[i])), i)
+
+
+def _expected_operands(node: IRNode, count: int) -> str:
+    if isinstance(node, KVMigrate):
+        prefix = " and its prefix where it lands" if node.to == DEVICE and node.start else ""
+        return f"a kv_migrate that starts at {node.start} takes its source{prefix}, not {count} operands"
+    if not isinstance(node, KVNode):
+        return f"a {node.kind} takes at least one operand"
+    source = "a source or none" if isinstance(node, KVFetch) else ""
+    prefix = "its prefix" if node.start else ""
+    wanted = ", and ".join(part for part in (source, prefix) if part) or "no operands"
+    return f"a {node.kind} that starts at {node.start} takes {wanted}, not {count} operands"
+
+
+def operand_kinds(c: Columns) -> Iterator[Finding]:
+    """KV nodes take KV; collectives take prefills and decodes."""
+    user, target = c.operands.user, c.operands.target
+    wrong_kv = c.is_kv[user] & ~c.is_kv[target]
+    wrong_sum = c.is_allreduce[user] & ~c.is_forward[target]
+    wrong = (wrong_kv | wrong_sum) & (target != NONE)
+    for edge in np.flatnonzero(wrong).tolist():
+        node, operand = c.nodes[user[edge]], c.nodes[target[edge]]
+        wanted = "KV" if isinstance(node, KVNode) else "a prefill or a decode"
+        yield Finding(
+            f"a {node.kind} takes {wanted}, but %{operand.name} is a {operand.kind} "
+            f"of type {operand.type}",
+            int(user[edge]),
+        )
+
+
+LAWS = (
+    unique_names,
+    known_operands,
+    known_after,
+    defined_before_use,
+    known_requests,
+    known_workers,
+    known_tiers,
+    operand_counts,
+    operand_kinds,
+)

@@ -1,0 +1,33 @@
+"""`verify`: runs the laws, first those of form, then those that rely on them."""
+
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.verify import declarations, schedule, service, sharing, spans, structure
+from sagellm_ir.verify.columns import Columns
+from sagellm_ir.verify.report import VerifyError, broken
+
+__all__ = ["verify"]
+
+_FORM = (*declarations.LAWS, *structure.LAWS)
+_MEANING = (*spans.LAWS, *sharing.LAWS, *service.LAWS, *schedule.STAGE_LAWS)
+
+
+def verify(graph: IRGraph, known: IRGraph | None = None) -> None:
+    """Checks all laws of a graph's stage.
+
+    Args:
+        graph: what to check.
+        known: an earlier graph that was verified; what the graph has in common with it is not
+            checked again, where that saves time.
+
+    Raises:
+        VerifyError: with a diagnostic for each finding. When form is broken (names, operands,
+            declarations), the laws that rely on it are not checked, and those of a schedule
+            only when all others hold.
+    """
+    if known is graph:
+        return
+    columns = Columns(graph, known)
+    timing = schedule.SCHEDULE_LAWS if graph.stage == "scheduled" else ()
+    for laws in (_FORM, _MEANING, timing):
+        if found := list(broken(columns, laws)):
+            raise VerifyError(*found)

@@ -18,8 +18,8 @@ from sagellm_ir.target import DEVICE, Target
 __all__ = ["Built", "ByteTokenizer", "Tokenizer", "build"]
 
 _MOST_ERRORS = 20
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-#]*")
-_ODD = re.compile(r"[^A-Za-z0-9_.\-#]")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_ODD = re.compile(r"[^A-Za-z0-9_.\-]")
 
 
 class Tokenizer(Protocol):
@@ -246,13 +246,13 @@ def _turns_in_order(decls: Sequence[RequestDecl]) -> Sequence[RequestDecl]:
 
 
 def _stems(ids: Iterable[str]) -> dict[str, str]:
-    """A name each that the text format can print; ids that are such names stay what they are."""
+    """A name each that the text prints without quotes; ids that are such names stay as they are."""
     requests = list(ids)
     stems = {request: request for request in requests if _NAME.fullmatch(request)}
     taken = set(stems)
     for request in requests:
         if request not in stems:
-            base = _ODD.sub("_", f"_{request}" if request[:1] in ".-#" else request)
+            base = _ODD.sub("_", f"_{request}" if request[:1] in ".-" else request)
             names = chain([base], (f"{base}.{number}" for number in count(1)))
             stems[request] = next(name for name in names if name not in taken)
             taken.add(stems[request])

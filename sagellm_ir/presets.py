@@ -147,10 +147,12 @@ class _File:
                     self.fail(inner, "this field is given twice")
                 self._index(value, inner)
 
-    def diagnostic(self, where: Where, message: str, help_: str = "") -> Diagnostic:
-        """Something is wrong with the field at `where`."""
+    def diagnostic(
+        self, where: Where, message: str, help_: str = "", missing: bool = False
+    ) -> Diagnostic:
+        """Something is wrong with the field at `where`, or it is missing there."""
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-        loc = self.lines.get(where)
+        loc = self.lines.get(where) or (self.lines.get(where[:-1]) if missing else None)
         text = f"{name[1:]}: {message}" if name else message
         return Diagnostic(text if loc else f"{self.path.stem}: {text}", loc, help=help_)
 
@@ -186,7 +188,7 @@ class _File:
             elif isinstance(inner, BaseValidationError):
                 yield from self._problems(inner, place)
             elif isinstance(inner, KeyError):
-                yield self.diagnostic(place, "this field is missing")
+                yield self.diagnostic(place, "this field is missing", missing=True)
             else:
                 # A validator of attrs names the field at the start: "'tp' must be > 0: 0".
                 message = str(inner.args[0])

@@ -1,0 +1,1 @@
+"""Prefix-aware attention over a paged KV cache, in Triton."""

@@ -1,0 +1,262 @@
+"""`PrefixAttention`: attention over a paged cache that reads shared prefixes once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.accel import kernels
+from sagellm_ir.runtime.accel.buffers import Mirror
+from sagellm_ir.runtime.accel.forest import Ints, SharedPrefix, plan_forest
+from sagellm_ir.runtime.accel.gate import Gate, ceil_div
+from sagellm_ir.runtime.accel.launch import LOG2E, Lists, Tensors, launch_attend, launch_merge
+from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
+from sagellm_ir.runtime.accel.tiles import tile_for
+from sagellm_ir.runtime.accel.worklist import (
+    CHUNK,
+    CHUNKS,
+    ITEM_COST,
+    NODE_FIELDS,
+    Limits,
+    plan_shared,
+)
+
+__all__ = ["PrefixAttention", "Variant"]
+
+
+@frozen
+class Variant:
+    """Which kernels a batch runs. CUDA graphs are keyed by it (and by the number of rows)."""
+
+    private: int
+    """Rows of the private kernel's tiles."""
+    shared: int
+    """Rows of the shared kernel's tiles; 0: nothing is shared and that kernel is not launched."""
+
+
+class PrefixAttention:
+    """The kernels of one model on one device, with their static buffers.
+
+    Use, in this order:
+
+    - `update` when the batch changes (other sequences, groups or `q_lens`): host work, one copy.
+    - `schedule` once a forward: one small kernel reads the lengths on the device.
+    - `run` once a layer: one to three kernels.
+
+    `schedule` and `run` touch no host data and may be captured in a CUDA graph; a captured graph
+    serves every later batch with the same `Variant`, rows and batch size. Between two `update`s
+    lengths may grow; the pages of `groups` must stay.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        max_batch: int,
+        max_rows: int,
+        device: torch.device | str,
+        gate: Gate | None = Gate(),  # noqa: B008 (frozen)
+        workspace: int = 128 << 20,
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            spec: the attention's shape.
+            max_batch: sequences of a batch, at most 4096.
+            max_rows: query tokens of a batch.
+            device: a CUDA device; the CPU under Triton's interpreter (`TRITON_INTERPRET=1`).
+            gate: decides which groups are read once; None: all of them.
+            workspace: bytes for the partial outputs of keys that are read in more than one piece.
+
+        Raises:
+            SageIRError: the kernels do not support the spec, or a size is out of range.
+        """
+        if why := unsupported(spec):
+            raise SageIRError(Diagnostic(f"attention kernels: {why}"))
+        if not 0 < max_batch <= 4096 or max_rows < max_batch:
+            raise SageIRError(
+                Diagnostic(
+                    f"attention kernels: {max_batch} sequences of {max_rows} query tokens in all",
+                    help="1 <= max_batch <= 4096 and max_rows >= max_batch",
+                )
+            )
+        self.spec, self.gate = spec, gate
+        self.device = torch.device(device)
+        self.max_batch, self.max_rows = max_batch, max_rows
+        self.variant = Variant(16, 0)
+        self._sms = (
+            torch.cuda.get_device_properties(self.device).multi_processor_count
+            if self.device.type == "cuda"
+            else 1
+        )
+        self._batch = self._rows = 0
+        self._allocate(workspace)
+
+    def _allocate(self, workspace: int) -> None:
+        spec, batch, rows = self.spec, self.max_batch, self.max_rows
+        items = ceil_div(rows * spec.group, 16) + batch + 8 * self._sms
+        parts = max(workspace // (spec.heads * (spec.head_dim + 1) * 4), 2 * batch)
+        self._limits = Limits(self._sms, batch, items, 4 * rows, parts)
+        sizes = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "row_seq": rows}
+        shared = {"sizes": 2, "nodes": batch * NODE_FIELDS, "items": items * 2, "rows": 4 * rows}
+        self._meta = Mirror(sizes | shared, self.device)
+        # The schedule kernel's: slots, parts, sizes, items.
+        ints = torch.zeros(2 * batch + 2 + 2 * items, dtype=torch.int32, device=self.device)
+        slots, part_start, self._sizes, self._items = ints.split([batch, batch, 2, 2 * items])
+        get = self._meta.device
+        self._lists = Lists(
+            q_start=get("q_start"),
+            begin=get("begin"),
+            shared_slots=get("shared_slots"),
+            row_seq=get("row_seq"),
+            nodes=get("nodes"),
+            rows=get("rows"),
+            slots=slots,
+            parts=part_start,
+            partial=torch.empty(parts, spec.heads, spec.head_dim, device=self.device),
+            lse=torch.empty(parts, spec.heads, device=self.device),
+        )
+
+    def update(
+        self,
+        q_lens: Sequence[int] | Ints,
+        kv_lens: Sequence[int] | Ints,
+        groups: Sequence[SharedPrefix] = (),
+    ) -> Variant:
+        """Describe a batch.
+
+        Args:
+            q_lens: `[batch]` new tokens of each sequence (1: plain decode). Sequences lie one after
+                another in `q`.
+            kv_lens: `[batch]` tokens of each sequence in the cache, the new ones included; 0 for a
+                padding row.
+            groups: what the sequences share, see `SharedPrefix`.
+
+        Returns:
+            The kernels that `run` will launch.
+
+        Raises:
+            SageIRError: the batch exceeds `max_batch` or `max_rows`, a length is negative or less
+                than its new tokens, or a group breaks a rule of `SharedPrefix`.
+        """
+        new, total = np.asarray(q_lens, np.int32), np.asarray(kv_lens, np.int32)
+        self._check(new, total)
+        forest = plan_forest(self.spec, groups, new, total, self.gate)
+        starts = np.zeros(len(new) + 1, np.int32)
+        np.cumsum(new, out=starts[1:])
+        work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits)
+        nothing = np.zeros(len(new), np.int32)
+
+        meta = self._meta
+        meta.wait()
+        meta.write("q_start", starts)
+        meta.write("begin", forest.private if work else nothing)
+        meta.write("shared_slots", work.slots if work else nothing)
+        meta.write("row_seq", np.repeat(np.arange(len(new), dtype=np.int32), new))
+        if work:
+            meta.write("sizes", np.array([len(work.items), work.chunk], np.int32))
+            meta.write("nodes", work.nodes.reshape(-1))
+            meta.write("items", work.items.reshape(-1))
+            meta.write("rows", work.rows)
+        meta.upload("rows" if work else "row_seq")
+        self._batch, self._rows = len(new), int(starts[-1])
+        private = tile_for(self.spec, int(new.max(initial=1)) * self.spec.group)
+        self.variant = Variant(private.rows, work.tile_rows if work else 0)
+        return self.variant
+
+    def _check(self, new: Ints, total: Ints) -> None:
+        if new.shape != total.shape or new.ndim != 1:
+            problem = f"{new.shape} query lengths for {total.shape} KV lengths"
+        elif len(new) > self.max_batch or new.sum() > self.max_rows:
+            problem = (
+                f"{len(new)} sequences with {new.sum()} query tokens exceed "
+                f"{self.max_batch} and {self.max_rows}"
+            )
+        elif (new < 0).any() or ((total > 0) & (total < new)).any() or (total < 0).any():
+            problem = "a length is negative or less than the sequence's new tokens"
+        else:
+            return
+        raise SageIRError(Diagnostic(f"attention batch: {problem}"))
+
+    def schedule(self, kv_lens: Tensor) -> None:
+        """Build the private work list from the lengths on the device.
+
+        Args:
+            kv_lens: int32 `[>= batch]`, contiguous: as for `update`, grown since by the tokens that
+                were decoded.
+        """
+        spec, lists = self.spec, self._lists
+        tile = tile_for(spec, self.variant.private)
+        kernels.schedule[(self._batch,)](
+            *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.slots, lists.parts),
+            *(self._items, self._sizes, self._batch, self._limits.items, self._limits.parts),
+            GRID=self._sms * tile.ctas,
+            KV_HEADS=spec.kv_heads,
+            GROUP=spec.group,
+            BM=tile.rows,
+            BLOCK=spec.block_size,
+            WINDOW=spec.window,
+            CHUNK=CHUNK,
+            CHUNKS=CHUNKS,
+            ITEM_COST=ITEM_COST,
+            BATCH=1 << (self.max_batch - 1).bit_length(),
+        )
+
+    def run(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        kv_lens: Tensor,
+        out: Tensor,
+        *,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One layer's attention; the new tokens' keys and values must be in the cache.
+
+        Args:
+            q: `[rows, heads, head_dim]` in `spec.dtype`, any row and head strides. Row `t` of
+                sequence `i` has position `kv_lens[i] - q_lens[i] + t` and sees all keys up to it.
+            k_cache: `[blocks, block_size, kv_heads, head_dim]` in `spec.cache_dtype`, last dimension
+                contiguous, other strides free.
+            v_cache: like `k_cache`.
+            block_table: int32 `[batch, pages]`, rows any stride apart: page `j` of a sequence holds
+                its tokens from `j * block_size` on. Entries behind its last page are not read.
+            kv_lens: the tensor given to `schedule`.
+            out: like `q`; overwritten. Rows without keys become zero.
+            k_scales: for `int8`: `[blocks, block_size, kv_heads, 2]`, scale and zero point.
+            v_scales: like `k_scales`.
+            k_scale: for `fp8`: factor of all keys.
+            v_scale: for `fp8`: factor of all values.
+            sinks: `[heads]` logits, iff `spec.sinks`.
+
+        Returns:
+            `out`.
+
+        Raises:
+            SageIRError: a tensor has the wrong shape, type or strides.
+        """
+        spec, get = self.spec, self._meta.device
+        x = Tensors(
+            *(q, k_cache, v_cache, block_table, kv_lens, out, k_scales, v_scales, sinks),
+            spec.score_scale * LOG2E * k_scale,
+            v_scale,
+        )
+        x.check(spec, self._rows, self._batch)
+        if self.variant.shared:
+            tile = tile_for(spec, self.variant.shared)
+            grid = self._sms * tile.ctas
+            launch_attend(spec, tile, grid, x, self._lists, get("items"), get("sizes"), shared=True)
+        tile = tile_for(spec, self.variant.private)
+        grid = self._sms * tile.ctas
+        launch_attend(spec, tile, grid, x, self._lists, self._items, self._sizes, shared=False)
+        launch_merge(spec, x, self._lists)
+        return out

@@ -1,0 +1,55 @@
+"""Static device buffers: the host writes them when the batch changes, kernels read them in between."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["Mirror"]
+
+
+class Mirror:
+    """Named int32 arrays in one device tensor, filled from one host tensor by one copy.
+
+    Addresses never change, so a CUDA graph may read them. The copy is asynchronous from pinned
+    memory; a write waits until the copy before it has left.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._bounds: dict[str, tuple[int, int]] = {}
+        at = 0
+        for name, size in sizes.items():
+            self._bounds[name] = (at, at + size)
+            at += -(-size // 4) * 4
+        self._host = torch.zeros(at, dtype=torch.int32, pin_memory=cuda)
+        self._array: NDArray[np.int32] = self._host.numpy()
+        self._device = torch.zeros(at, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event() if cuda else None
+
+    def device(self, name: str) -> torch.Tensor:
+        """The array on the device."""
+        start, stop = self._bounds[name]
+        return self._device[start:stop]
+
+    def capacity(self, name: str) -> int:
+        """Elements of an array."""
+        start, stop = self._bounds[name]
+        return stop - start
+
+    def wait(self) -> None:
+        """Wait for the copy under way: call before the first `write` of a batch."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def write(self, name: str, values: NDArray[np.int32]) -> None:
+        """Set the first `len(values)` elements on the host."""
+        start, stop = self._bounds[name]
+        assert len(values) <= stop - start, name
+        self._array[start : start + len(values)] = values
+
+    def upload(self, last: str | None = None) -> None:
+        """Copy everything up to the array `last` (default: all) to the device, on this stream."""
+        stop = self._bounds[last][1] if last else len(self._host)
+        self._device[:stop].copy_(self._host[:stop], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

@@ -1,0 +1,166 @@
+"""Prefix groups of a batch -> the nodes that are read once for all their sequences.
+
+A sequence's keys are cut into abutting spans: the packed nodes on its path, root first, then its
+private part. A node that does not pay is not lost: its tokens are read with the next packed node
+below it, or with the private part.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.accel.gate import Gate
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+
+__all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest"]
+
+Ints = NDArray[np.int32]
+
+
+@frozen
+class SharedPrefix:
+    """Sequences whose block tables agree on the pages of tokens `[start, stop)`.
+
+    Groups form a forest: a group nests in the one that ends where it starts and holds its rows, as
+    `lowering.plan.PrefixGroup` does for requests. `start` and `stop` are multiples of the block size.
+    """
+
+    start: int
+    stop: int
+    rows: Sequence[int]
+    """Indices of the sequences in the batch, in any order, each once."""
+
+
+@frozen(eq=False)
+class Node:
+    """Keys `[begin, end)`, read once for the sequences `rows`."""
+
+    begin: int
+    end: int
+    rows: Ints
+    queries: int
+    """Query tokens of those sequences."""
+
+
+@frozen(eq=False)
+class Forest:
+    """What a batch shares after the gate."""
+
+    nodes: tuple[Node, ...]
+    """Parents before children."""
+    private: Ints
+    """`[batch]`: where each sequence's private part begins, a multiple of the block size."""
+
+
+def plan_forest(
+    spec: AttentionSpec,
+    groups: Sequence[SharedPrefix],
+    q_lens: Ints,
+    kv_lens: Ints,
+    gate: Gate | None,
+) -> Forest:
+    """Choose the nodes to pack.
+
+    Args:
+        groups: the batch's prefix groups, in any order.
+        q_lens: `[batch]` new tokens of each sequence.
+        kv_lens: `[batch]` all its tokens, the new ones included.
+        gate: what decides; None packs every group of two sequences or more.
+
+    Raises:
+        SageIRError: a group is not aligned to blocks, names an unknown or repeated sequence, does
+            not continue a group that holds all its sequences, or reaches into new tokens.
+    """
+    batch = len(q_lens)
+    history = kv_lens - q_lens
+    private = np.zeros(batch, np.int32)
+    reach = np.zeros(batch, np.int64)
+    owner = np.full(batch, -1)
+    unread: list[int] = []  # group -> where its unpacked tail begins: its stop, if packed
+    nodes: list[Node] = []
+    gain = 0.0
+    for index, group in enumerate(sorted(groups, key=lambda group: group.start)):
+        rows = np.asarray(group.rows, np.int32)
+        _check(spec, group, rows, reach, owner, history)
+        parent = owner[rows[0]]
+        begin = unread[parent] if parent >= 0 else group.start
+        reach[rows] = group.stop
+        owner[rows] = index
+        queries = int(q_lens[rows].sum())
+        packed = len(rows) > 1 and queries > 0
+        if packed and gate is not None:
+            saved = gate.saved(spec, queries, len(rows), group.stop - begin)
+            packed = saved > 0
+            gain += max(saved, 0.0)
+        unread.append(group.stop if packed else begin)
+        if packed:
+            nodes.append(Node(begin, group.stop, rows, queries))
+            private[rows] = group.stop
+    if gate is not None and gain <= gate.launch:
+        return Forest((), np.zeros(batch, np.int32))
+    return Forest(tuple(nodes), private)
+
+
+def _check(
+    spec: AttentionSpec,
+    group: SharedPrefix,
+    rows: Ints,
+    reach: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    history: Ints,
+) -> None:
+    """Raise for a group that breaks a rule of `SharedPrefix`."""
+    span = f"prefix group [{group.start}, {group.stop})"
+    if not 0 <= group.start < group.stop:
+        problem = f"{span} is empty or negative"
+    elif group.start % spec.block_size or group.stop % spec.block_size:
+        problem = f"{span} is not made of whole blocks of {spec.block_size} tokens"
+    elif not len(rows) or rows.min() < 0 or rows.max() >= len(history):
+        problem = f"{span} must name sequences of the batch, 0 to {len(history) - 1}"
+    elif len(rows) > 1 and np.bincount(rows).max() > 1:
+        problem = f"{span} names a sequence twice"
+    elif (reach[rows] != group.start).any() or (owner[rows] != owner[rows[0]]).any():
+        problem = f"{span} does not continue one group that ends at {group.start} with all its rows"
+    elif (history[rows] < group.stop).any():
+        problem = f"{span} reaches into the new tokens of a sequence"
+    else:
+        return
+    raise SageIRError(Diagnostic(problem, help="see SharedPrefix for the rules of groups"))
+
+
+def find_groups(block_table: Ints, history: Ints, block_size: int) -> list[SharedPrefix]:
+    """The prefix groups that equal leading entries of block tables show.
+
+    Args:
+        block_table: `[batch, blocks]` page ids. A page that two rows have at one index must stand
+            for one chain of pages before it, as in any prefix cache.
+        history: `[batch]` tokens before the new ones; only whole blocks of them are shared.
+        block_size: tokens of a page.
+    """
+    whole = history // block_size
+    found: list[SharedPrefix] = []
+    todo = [(0, rows) for rows in _split(block_table, whole, np.arange(len(whole)), 0)]
+    while todo:
+        column, rows = todo.pop()
+        limit = int(whole[rows].min())
+        same = (block_table[rows, column:limit] == block_table[rows[0], column:limit]).all(0)
+        stop = limit if same.all() else column + int(same.argmin())
+        found.append(SharedPrefix(column * block_size, stop * block_size, rows.tolist()))
+        todo += [(stop, part) for part in _split(block_table, whole, rows, stop)]
+    return found
+
+
+def _split(
+    block_table: Ints, whole: Ints, rows: NDArray[np.int64], column: int
+) -> list[NDArray[np.int64]]:
+    """Classes of two or more rows with the same whole page in a column."""
+    rows = rows[whole[rows] > column]
+    if len(rows) < 2:
+        return []
+    ids = block_table[rows, column]
+    order = np.argsort(ids, kind="stable")
+    cuts = np.flatnonzero(np.diff(ids[order])) + 1
+    return [part for part in np.split(rows[order], cuts) if len(part) > 1]

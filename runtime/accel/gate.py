@@ -1,0 +1,70 @@
+"""`Gate`: whether reading a prefix node once for all its sequences pays."""
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+from sagellm_ir.runtime.accel.tiles import TILE_ROWS, tile_for
+
+__all__ = ["Gate", "ceil_div"]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
+@frozen
+class Gate:
+    """A roofline of the two ways to read a node; the faster one is taken.
+
+    The rates are predictions for one H200 until `benchmarks/gpu/attention.py` has measured them; its
+    JSON holds a `gate` with the same fields, so `Gate(**report["gate"])` is the measured one.
+    """
+
+    bandwidth: float = 4.3e12
+    """HBM, bytes/s."""
+    reread: float = 5.5e12
+    """Pages that other programs read at about the same time, from L2, bytes/s."""
+    flops: float = 5.0e14
+    """Matrix arithmetic of the packed tiles, padding included, FLOP/s."""
+    launch: float = 3.0e-6
+    """What the extra kernel costs a layer, seconds."""
+    programs: int = 132
+    """SMs: a node with fewer tiles is cut along its keys to fill them."""
+
+    def saved(self, spec: AttentionSpec, queries: int, sequences: int, tokens: int) -> float:
+        """Seconds a layer gains when `sequences` read `tokens` shared tokens together.
+
+        Args:
+            queries: query tokens of the sequences, summed.
+            sequences: how many read the node.
+            tokens: its length.
+        """
+        private = tile_for(spec, ceil_div(queries, sequences) * spec.group).rows
+        tiles = sequences * ceil_div(ceil_div(queries, sequences) * spec.group, private)
+        apart = self._read(spec, tiles, private, tokens)
+        shared = self.tile_rows(spec, [(queries, tokens)])
+        tiles = ceil_div(queries * spec.group, shared)
+        together = self._read(spec, tiles, shared, tokens)
+        cuts = max(1, min(ceil_div(tokens, 256), self.programs // (tiles * spec.kv_heads)))
+        partials = 2 * cuts * queries * spec.heads * (spec.head_dim + 1) * 4
+        return apart - together - partials / self.bandwidth
+
+    def tile_rows(self, spec: AttentionSpec, nodes: Sequence[tuple[int, int]]) -> int:
+        """The tile height with the least time for (queries, tokens) nodes; of equals the smallest."""
+
+        def seconds(rows: int) -> float:
+            return sum(
+                self._read(spec, ceil_div(queries * spec.group, rows), rows, tokens)
+                for queries, tokens in nodes
+            )
+
+        return min(TILE_ROWS, key=seconds)
+
+    def _read(self, spec: AttentionSpec, tiles: int, rows: int, tokens: int) -> float:
+        """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""
+        traffic = tokens * spec.token_bytes * (1 / self.bandwidth + (tiles - 1) / self.reread)
+        flops = 4.0 * tiles * rows * spec.kv_heads * spec.head_dim * tokens
+        return max(traffic, flops / self.flops)

@@ -1,0 +1,167 @@
+"""From tensors to kernel launches: checks of what a caller hands in, strides, constants."""
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.accel import kernels
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+from sagellm_ir.runtime.accel.tiles import Tile
+
+__all__ = ["LOG2E", "Lists", "Tensors", "attend_constants", "launch_attend", "launch_merge"]
+
+LOG2E = 1.4426950408889634
+
+
+def _interpreted() -> bool:
+    return "Interpreted" in type(kernels.attend).__name__
+
+
+@frozen(eq=False)
+class Tensors:
+    """One layer's tensors, as documented at `PrefixAttention.run`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    kv_lens: Tensor
+    out: Tensor
+    k_scales: Tensor | None
+    v_scales: Tensor | None
+    sinks: Tensor | None
+    qk_scale: float
+    """Score factor, times log2(e)."""
+    out_scale: float
+
+    def check(self, spec: AttentionSpec, rows: int, batch: int) -> None:
+        """Raise `SageIRError` for a tensor of the wrong shape, type or strides."""
+        page = (spec.block_size, spec.kv_heads, spec.head_dim)
+        query = (rows, spec.heads, spec.head_dim)
+        scales = spec.kv == "int8"
+        wanted: list[tuple[str, Tensor | None, tuple[int | None, ...] | None, torch.dtype]] = [
+            ("q", self.q, query, spec.dtype),
+            ("out", self.out, query, spec.dtype),
+            ("k_cache", self.k, (None, *page), spec.cache_dtype),
+            ("v_cache", self.v, (None, *page), spec.cache_dtype),
+            ("block_table", self.table, (None, None), torch.int32),
+            ("kv_lens", self.kv_lens, (None,), torch.int32),
+            ("k_scales", self.k_scales, (None, *page[:2], 2) if scales else None, spec.dtype),
+            ("v_scales", self.v_scales, (None, *page[:2], 2) if scales else None, spec.dtype),
+        ]
+        for name, tensor, shape, dtype in wanted:
+            _check(name, tensor, shape, dtype)
+        if (self.sinks is not None) != spec.sinks:
+            problem = "sinks are given iff the spec has them"
+        elif self.sinks is not None and self.sinks.shape != (spec.heads,):
+            problem = f"sinks: expected shape ({spec.heads},), got {tuple(self.sinks.shape)}"
+        elif min(len(self.table), len(self.kv_lens)) < batch:
+            problem = f"block_table and kv_lens must have a row for each of {batch} sequences"
+        else:
+            return
+        raise SageIRError(Diagnostic(f"attention: {problem}"))
+
+
+def _check(
+    name: str, tensor: Tensor | None, shape: tuple[int | None, ...] | None, dtype: torch.dtype
+) -> None:
+    """Raise unless a tensor has a shape (None: any size), a type and a contiguous last dimension."""
+    if shape is None:
+        if tensor is None:
+            return
+        problem = "only an int8 cache has it"
+    elif tensor is None:
+        problem = "an int8 cache needs it"
+    elif tensor.ndim != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        problem = f"expected shape {shape}, got {tuple(tensor.shape)}"
+    elif tensor.dtype != dtype:
+        problem = f"expected {dtype}, got {tensor.dtype}"
+    elif tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        problem = f"its last dimension must be contiguous, its stride is {tensor.stride(-1)}"
+    else:
+        return
+    raise SageIRError(Diagnostic(f"attention: {name}: {problem}"))
+
+
+@frozen(eq=False)
+class Lists:
+    """What a kernel works off, and the buffers that tie kernels together; int32 unless said."""
+
+    q_start: Tensor
+    begin: Tensor
+    shared_slots: Tensor
+    row_seq: Tensor
+    nodes: Tensor
+    rows: Tensor
+    slots: Tensor
+    parts: Tensor
+    partial: Tensor = field()
+    """float32 `[parts, heads, head_dim]`."""
+    lse: Tensor = field()
+    """float32 `[parts, heads]`, log2."""
+
+
+def attend_constants(
+    spec: AttentionSpec, tile: Tile, *, shared: bool, upcast: bool = False
+) -> dict[str, object]:
+    """The compile-time arguments of `attend`."""
+    return {
+        "SHARED": shared,
+        "KV_HEADS": spec.kv_heads,
+        "GROUP": spec.group,
+        "D": spec.head_dim,
+        "BLOCK": spec.block_size,
+        "KV": spec.kv,
+        "WINDOW": spec.window,
+        "SOFTCAP": spec.softcap,
+        "SINKS": spec.sinks,
+        "UPCAST": upcast,
+        "BM": tile.rows,
+        "BN": tile.keys,
+        "BD": 1 << (spec.head_dim - 1).bit_length(),
+    }
+
+
+def launch_attend(
+    spec: AttentionSpec,
+    tile: Tile,
+    grid: int,
+    x: Tensors,
+    lists: Lists,
+    items: Tensor,
+    sizes: Tensor,
+    *,
+    shared: bool,
+) -> None:
+    """Launch `attend` on a fixed grid of `grid` programs."""
+    # Triton's interpreter has no bfloat16 or float8 arithmetic.
+    upcast = _interpreted() and (spec.dtype is torch.bfloat16 or spec.kv == "fp8")
+    ks = x.k if x.k_scales is None else x.k_scales
+    vs = x.v if x.v_scales is None else x.v_scales
+    kernels.attend[(grid,)](
+        *(x.q, x.k, x.v, ks, vs, x.out, lists.partial, lists.lse, x.sinks, x.table, x.kv_lens),
+        *(lists.q_start, lists.begin, lists.shared_slots, lists.row_seq, lists.nodes, lists.rows),
+        *(lists.slots, lists.parts, items, sizes, x.qk_scale, x.out_scale),
+        *(x.q.stride()[:2] + x.k.stride()[:3] + x.v.stride()[:3]),
+        *(ks.stride()[:3] + vs.stride()[:3] + x.out.stride()[:2]),
+        x.table.stride(0),
+        **attend_constants(spec, tile, shared=shared, upcast=upcast),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def launch_merge(spec: AttentionSpec, x: Tensors, lists: Lists) -> None:
+    """Launch `merge`: a program for each query row and head."""
+    kernels.merge[(len(x.q), spec.heads)](
+        *(lists.partial, lists.lse, x.out, x.sinks, lists.q_start, lists.row_seq),
+        *(lists.slots, lists.parts, *x.out.stride()[:2]),
+        HEADS=spec.heads,
+        D=spec.head_dim,
+        SINKS=spec.sinks,
+        SLOTS=16,
+        BD=1 << (spec.head_dim - 1).bit_length(),
+    )

@@ -1,0 +1,117 @@
+"""The shared kernel's work list: packed nodes cut into chunks of keys and tiles of queries."""
+
+import numpy as np
+from attrs import frozen
+
+from sagellm_ir.runtime.accel.forest import Forest, Ints
+from sagellm_ir.runtime.accel.gate import Gate, ceil_div
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+from sagellm_ir.runtime.accel.tiles import tile_for
+
+__all__ = ["CHUNK", "CHUNKS", "ITEM_COST", "NODE_FIELDS", "Limits", "SharedWork", "plan_shared"]
+
+CHUNK = 128
+"""Keys of the smallest chunk; candidates are this times 1, 2, 4, ..., and no cut."""
+CHUNKS = 9
+ITEM_COST = 64
+"""What starting and ending a work item costs, in keys. Predicted, not measured."""
+NODE_FIELDS = 7
+"""A node: sequence whose table has its pages, begin, end, first entry of and number of its
+queries, its first slot, chunk length."""
+
+
+@frozen
+class Limits:
+    """What the static buffers hold."""
+
+    sms: int
+    nodes: int
+    items: int
+    rows: int
+    """Query tokens of all nodes."""
+    parts: int
+    """Partial results (query token x slot)."""
+
+
+@frozen(eq=False)
+class SharedWork:
+    """Arrays the shared kernel reads; all int32."""
+
+    tile_rows: int
+    nodes: Ints
+    """`[nodes, NODE_FIELDS]`."""
+    items: Ints
+    """`[items, 2]`: node, and chunk * tiles + tile in it."""
+    rows: Ints
+    """Query tokens of the nodes, one node after another."""
+    slots: Ints
+    """`[batch]`: partials that a query of the sequence gets from nodes; its private ones follow."""
+    chunk: int
+
+
+def plan_shared(
+    spec: AttentionSpec, forest: Forest, q_start: Ints, gate: Gate, limits: Limits
+) -> SharedWork | None:
+    """Cut a forest's nodes into work items; None when nothing is shared or the buffers are too small.
+
+    A query's partials lie in the order of the keys, the same for all sequences of a node, since
+    they have the same nodes above it.
+    """
+    lists = [_queries(node.rows, q_start) for node in forest.nodes]
+    if not lists or len(lists) > limits.nodes or sum(map(len, lists)) > limits.rows:
+        return None
+    lengths = np.array([node.end - node.begin for node in forest.nodes])
+    queries = np.array([len(rows) for rows in lists])
+    tile = tile_for(spec, gate.tile_rows(spec, list(zip(queries, lengths, strict=True))))
+    tiles = -(-queries * spec.group // tile.rows)
+    chunk = _chunk(spec, lengths, queries, tiles, limits.sms * tile.ctas, int(q_start[-1]), limits)
+    if chunk is None:
+        return None
+    cuts = -(-lengths // chunk)
+    first = np.cumsum(queries) - queries
+    slots = np.zeros(len(q_start) - 1, np.int32)
+    nodes = np.zeros((len(lists), NODE_FIELDS), np.int32)
+    for index, node in enumerate(forest.nodes):
+        owner = node.rows[0]
+        nodes[index] = (
+            *(owner, node.begin, node.end, first[index], queries[index]),
+            *(slots[owner], chunk),
+        )
+        slots[node.rows] += cuts[index]
+    count = tiles * cuts
+    items = np.empty((count.sum(), 2), np.int32)
+    items[:, 0] = np.repeat(np.arange(len(lists)), count)
+    items[:, 1] = np.arange(len(items)) - np.repeat(np.cumsum(count) - count, count)
+    return SharedWork(tile.rows, nodes, items, np.concatenate(lists), slots, chunk)
+
+
+def _queries(rows: Ints, q_start: Ints) -> Ints:
+    """Query tokens of some sequences."""
+    first, count = q_start[rows], q_start[rows + 1] - q_start[rows]
+    if (count == 1).all():
+        return first
+    skip = np.repeat(np.cumsum(count) - count, count)
+    return (np.arange(count.sum()) - skip + np.repeat(first, count)).astype(np.int32)
+
+
+def _chunk(
+    spec: AttentionSpec,
+    lengths: Ints,
+    queries: Ints,
+    tiles: Ints,
+    grid: int,
+    all_queries: int,
+    limits: Limits,
+) -> int | None:
+    """The chunk length with the smallest makespan whose lists fit, as `schedule` on the device."""
+    longest = int(lengths.max())
+    best, found = float("inf"), None
+    for size in (longest, *(CHUNK << k for k in reversed(range(CHUNKS)))):
+        cuts = -(-lengths // size)
+        items = int((cuts * tiles).sum())
+        # One private slot each comes on top; the device cuts no further than there is room.
+        parts = int((cuts * queries).sum()) + all_queries
+        cost = ceil_div(items * spec.kv_heads, grid) * (size + ITEM_COST)
+        if size <= longest and items <= limits.items and parts <= limits.parts and cost < best:
+            best, found = cost, size
+    return found

@@ -167,7 +167,7 @@ class _Lowering:
             loops,
             batch.shared.groups,
             tuple(batch.reduces.values()),
-            seconds,
+            round(seconds, 9),
         )
         for i, row in entered:
             batch.shared.leave(i, row)

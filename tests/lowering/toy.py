@@ -14,18 +14,19 @@ from sagellm_ir.target import Target
 __all__ = ["scheduled"]
 
 
-def _prefills(decls: Sequence[RequestDecl], block: int, chunk: int) -> dict[str, list[IRNode]]:
+def _prefills(decls: Sequence[RequestDecl], block: int, chunk: int) -> dict[str, list[Prefill]]:
     """Per request, the prefills it is the first to need."""
     count = Counter(content for decl in decls for content in decl.blocks)
     made: dict[tuple[int, int], str] = {}
-    nodes: dict[str, list[IRNode]] = {}
+    nodes: dict[str, list[Prefill]] = {}
     for decl in decls:
         shareable = (decl.prompt_len - 1) // block
         cuts = {decl.prompt_len, *range(chunk, decl.prompt_len, chunk)}
         for at in range(1, shareable + 1):
             if at == shareable or count[decl.blocks[at]] != count[decl.blocks[at - 1]]:
                 cuts.add(at * block)
-        start, prefix, own = 0, "", []
+        start, prefix = 0, ""
+        own: list[Prefill] = []
         for stop in sorted(cuts):
             whole = stop % block == 0 and stop <= shareable * block
             key = (decl.blocks[stop // block - 1], stop) if whole else (-1, -1)
@@ -57,7 +58,6 @@ def scheduled(target: Target, decls: Sequence[RequestDecl], name: str = "toy") -
         chunks: list[Prefill] = []
         while queue and (target.mixed or not left or chunks):
             node = queue[0]
-            assert isinstance(node, Prefill)
             if node.stop - node.start > budget or room < 1:
                 break
             if any(

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE
@@ -11,6 +13,10 @@ from sagellm_ir.verify.columns import Columns
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]
+
+
+_IDS = 1 << 63
+"""Block ids fit into 64 bits with a sign."""
 
 
 def known_stage(c: Columns) -> Iterator[Finding]:
@@ -72,8 +78,8 @@ def cache_lines(c: Columns) -> Iterator[Finding]:
                 f"cache line names unknown worker {line.worker!r}",
                 help=suggest(line.worker, c.worker_index),
             )
-        if line.blocks and min(line.blocks) < 0:
-            yield Finding(f"cache line of {line.tier!r} holds a negative block id")
+        if line.blocks and not 0 <= min(line.blocks) <= max(line.blocks) < _IDS:
+            yield Finding(f"cache line of {line.tier!r} holds a block id outside [0, 2**63)")
         if len(set(line.blocks)) < len(line.blocks):
             yield Finding(f"cache line of {line.tier!r} holds a block twice")
 
@@ -113,13 +119,46 @@ def whole_prompts(c: Columns) -> Iterator[Finding]:
                 f"request @{request.id} lists {len(blocks)} blocks, but its prompt of "
                 f"{request.prompt_len} tokens has {full} full blocks of {size}"
             )
-        elif blocks and min(blocks) < 0:
-            message = f"request @{request.id} has a negative block id"
+        elif blocks and not 0 <= min(blocks) <= max(blocks) < _IDS:
+            message = f"request @{request.id} has a block id outside [0, 2**63)"
         elif len(set(blocks)) < full:
             message = f"request @{request.id} has one block id at two places of its prompt"
         else:
             continue
         yield Finding(message, request=request)
+
+
+def chained_blocks(c: Columns) -> Iterator[Finding]:
+    """A block id stands for a chain: wherever it occurs, the same block stands before it, and the
+    first one belongs to one adapter and tenant."""
+    if _same_requests(c):
+        return
+    requests = c.graph.requests
+    spaces: dict[tuple[str | None, str | None], int] = {}
+    parents: list[int] = []
+    for request in requests:
+        space = spaces.setdefault((request.adapter, request.tenant), len(spaces))
+        parents += (~space, *request.blocks[:-1]) if request.blocks else ()
+    try:
+        parent = np.array(parents, dtype=np.int64)
+        block = np.array([b for request in requests for b in request.blocks], dtype=np.int64)
+    except OverflowError:  # `whole_prompts` finds it
+        return
+    _, first, which = np.unique(block, return_index=True, return_inverse=True)
+    counts = np.array([len(request.blocks) for request in requests], dtype=np.int64)
+    owner = np.repeat(np.arange(len(requests)), counts)
+    for i in np.flatnonzero(parent != parent[first[which]]).tolist():
+        request, other = requests[owner[i]], requests[owner[first[which[i]]]]
+        here, there = (_parent(int(parent[k])) for k in (i, first[which[i]]))
+        yield Finding(
+            f"block id {block[i]} {here} in @{request.id}, but {there} in @{other.id}",
+            request=request,
+            help="equal ids mean equal tokens, and equal everything before them",
+        )
+
+
+def _parent(parent: int) -> str:
+    return f"follows {parent}" if parent >= 0 else f"begins prompts of namespace {~parent}"
 
 
 def sound_times(c: Columns) -> Iterator[Finding]:
@@ -143,5 +182,6 @@ LAWS = (
     cache_lines,
     unique_requests,
     whole_prompts,
+    chained_blocks,
     sound_times,
 )

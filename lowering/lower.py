@@ -17,6 +17,7 @@ from sagellm_ir.lowering.plan import (
     Bind,
     Collective,
     ExecutionPlan,
+    KVFree,
     KVMove,
     PlanRequest,
     PlanStep,
@@ -120,7 +121,7 @@ class _Lowering:
             self.pools.release(self.flat.dead.get(len(steps), ()))
             worker = steps[-1].worker
             if frees := self.pools.take_frees(worker):
-                steps.append(PlanStep(len(steps), worker, frees))
+                steps.append(PlanStep(len(steps), worker, frees, loops=0))
         requests = tuple(
             PlanRequest(
                 decl.id,
@@ -156,11 +157,14 @@ class _Lowering:
             node = self.graph.nodes[i]
             assert isinstance(node, AllReduce), node
             batch.reduces[i] = Collective(node.group, node.bytes, node.calls, node.fused)
+        kv: tuple[KVMove | KVFree, ...] = (*self.pools.take_frees(worker), *moves)
+        if not loops or not (chunks or batch.decode):
+            return PlanStep(index, worker, kv, tuple(binds), loops=0, cost=round(seconds, 9))
         seconds += self.forwards(batch, chunks, loops)
         step = PlanStep(
             index,
             worker,
-            (*self.pools.take_frees(worker), *moves),
+            kv,
             tuple(binds),
             chunks,
             batch.decode,
@@ -300,8 +304,6 @@ class _Lowering:
     def forwards(self, batch: _Batch, chunks: tuple[PrefillChunk, ...], loops: int) -> float:
         """Seconds of the step's forwards and collectives; of many, the middle one counts."""
         rows = len(batch.decode)
-        if not rows and not chunks:
-            return 0.0
         grown = rows * (loops - 1) // 2
         tokens, logits, pairs = rows, rows, batch.context + grown
         for chunk in chunks:

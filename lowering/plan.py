@@ -126,7 +126,8 @@ class PlanStep:
     """One decision of the engine. Order inside: `kv` (as listed), `binds`, then the forward(s).
 
     A step with prefill chunks runs one forward over all its rows; a decode-only step runs `loops`
-    forwards, one token a row each.
+    forwards, one token a row each; a step without rows runs none. In a forward, each layer writes
+    the KV of all rows before attention reads, so a chunk may build on another one of its step.
     """
 
     index: int

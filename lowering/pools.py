@@ -244,13 +244,14 @@ class Pools:
 
 def _first_blocks(graph: IRGraph) -> tuple[Resident, ...]:
     """Cached content in the first blocks of its tier, in the order of the graph's lines."""
-    used: dict[tuple[str, str | None], int] = {}
+    used: dict[tuple[str, str], int] = {}
     resident = []
     for line in graph.cache:
-        start = used.get((line.tier, line.worker), 0)
-        stop = used[line.tier, line.worker] = start + len(line.blocks)
-        blocks = tuple(range(start, stop))
-        resident.append(Resident(line.tier, line.blocks, blocks, line.worker))
+        # A line without a worker says what every worker holds.
+        for worker in [line.worker] if line.worker else [w.name for w in graph.target.workers]:
+            start = used.get((line.tier, worker), 0)
+            stop = used[line.tier, worker] = start + len(line.blocks)
+            resident.append(Resident(line.tier, line.blocks, tuple(range(start, stop)), worker))
     return tuple(resident)
 
 

@@ -132,7 +132,9 @@ def _converter() -> Converter:
         whole = make_dict_unstructure_fn(cls, converter, _cattrs_omit_if_default=False)
         converter.register_unstructure_hook(cls, whole)
     for action, op in OPS.items():
-        plain: Callable[[Any], dict[str, Any]] = make_dict_unstructure_fn(action, converter, _cattrs_omit_if_default=True)
+        plain: Callable[[Any], dict[str, Any]] = make_dict_unstructure_fn(
+            action, converter, _cattrs_omit_if_default=True
+        )
         converter.register_unstructure_hook(action, partial(_tag, op, plain))
 
     def action_of(value: Any, _: Any) -> Any:

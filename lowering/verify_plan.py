@@ -185,14 +185,23 @@ class _Replay:
         for bind in step.binds:
             self.bind(bind, step.worker)
         self.budgets(step)
-        ready = self.rows(step)
-        self.groups(step, ready)
-        for chunk in step.prefill:
-            if chunk.request in ready:
-                self.prefill(chunk)
-        for name in step.decode:
-            if name in ready:
-                self.decode(name, step.loops)
+        chunks = [chunk for chunk in step.prefill if self.can_prefill(chunk, step.worker)]
+        decode = [name for name in step.decode if self.can_decode(name, step)]
+        for chunk in chunks:
+            self.write(self.states[chunk.request], chunk.start, chunk.stop)
+        # Attention reads after all chunks are written, so they may build on each other.
+        reads = {chunk.request: chunk.start for chunk in chunks}
+        reads |= {name: self.states[name].written for name in decode}
+        rows = {name: stop for name, stop in reads.items() if self.reads(self.states[name], stop)}
+        self.groups(step, rows)
+        for chunk in chunks:
+            state = self.states[chunk.request]
+            if chunk.stop == state.request.prompt_len and not state.generated:
+                self.advance(state, 1)
+        for name in decode:
+            state = self.states[name]
+            self.write(state, state.written, state.written + step.loops)
+            self.advance(state, step.loops)
 
     def free(self, action: KVFree, worker: str) -> None:
         held = self.pool(action.tier, action.worker or worker)
@@ -282,9 +291,14 @@ class _Replay:
         target = self.target
         rows = len(step.prefill) + len(step.decode)
         tokens = len(step.decode) + sum(chunk.stop - chunk.start for chunk in step.prefill)
-        limit = 1 if step.prefill or not rows else target.max_loops
-        if not 1 <= step.loops <= limit:
-            self.error(f"{step.loops} forwards, and 1 to {limit} are legal")
+        least, most = min(rows, 1), target.max_loops if step.decode else 1
+        if step.prefill:
+            most = 1
+        if not least <= step.loops <= most:
+            self.error(f"{step.loops} forwards, and {least} to {most} are legal")
+        names = [*(chunk.request for chunk in step.prefill), *step.decode]
+        if len(set(names)) != len(names):
+            self.error("two rows of one request")
         if rows > target.max_batch:
             self.error(f"{rows} rows, and the target's batch is {target.max_batch}")
         if tokens > target.max_tokens:
@@ -297,56 +311,57 @@ class _Replay:
             if not rows or reduce.bytes < 0 or reduce.calls < 1:
                 self.error(f"a collective of {reduce.bytes} bytes, {reduce.calls} times")
 
-    def rows(self, step: PlanStep) -> dict[str, int]:
-        """The rows that can run, and how many tokens of KV each reads."""
-        ready: dict[str, int] = {}
-        names = [*(chunk.request for chunk in step.prefill), *step.decode]
-        if len(set(names)) != len(names):
-            self.error("two rows of one request")
-        for chunk in step.prefill:
-            state = self.live(chunk.request)
-            if state is None or not self.here(state, step.worker):
-                continue
-            if not 0 <= chunk.start < chunk.stop <= state.request.prompt_len:
-                length = state.request.prompt_len
-                self.error(f"prefills [{chunk.start}:{chunk.stop}) of a prompt of {length}")
-            elif self.reads(state, chunk.start, chunk.stop):
-                ready[chunk.request] = chunk.start
-        for name in step.decode:
-            state = self.live(name)
-            if state is None or not self.here(state, step.worker):
-                continue
-            left = state.request.max_new_tokens - state.generated
-            if not state.generated:
-                self.error(f"decodes {name!r}, whose prompt has not ended")
-            elif step.loops > left:
-                self.error(f"decodes {name!r} by {step.loops} tokens, and {left} are left")
-            elif self.reads(state, state.written, state.written + step.loops):
-                ready[name] = state.written
-        return ready
+    def can_prefill(self, chunk: PrefillChunk, worker: str) -> bool:
+        """Whether a chunk is inside its prompt and its table; says so if not."""
+        state = self.live(chunk.request)
+        if state is None or not self.here(state, worker):
+            return False
+        length = state.request.prompt_len
+        if not 0 <= chunk.start < chunk.stop <= length:
+            self.error(f"prefills [{chunk.start}:{chunk.stop}) of a prompt of {length}")
+            return False
+        return self.covers(state, chunk.stop)
+
+    def can_decode(self, name: str, step: PlanStep) -> bool:
+        """Whether a request can decode by the step's tokens; says so if not."""
+        state = self.live(name)
+        if state is None or not self.here(state, step.worker):
+            return False
+        left = state.request.max_new_tokens - state.generated
+        if not state.generated:
+            self.error(f"decodes {name!r}, whose prompt has not ended")
+        elif step.loops > left:
+            self.error(f"decodes {name!r} by {step.loops} tokens, and {left} are left")
+        else:
+            return self.covers(state, state.written + step.loops)
+        return False
 
     def here(self, state: _State, worker: str) -> bool:
         if state.worker != worker:
             self.error(f"{state.request.id!r} has no table on worker {worker!r}")
         return state.worker == worker
 
-    def reads(self, state: _State, stop: int, reach: int) -> bool:
-        """Whether the table holds KV for `[0, stop)` and room up to `reach`; says so if not."""
-        held = self.blocks[DEVICE, state.worker]
-        need = -(-reach // self.size)
-        table = state.table
-        if len(table) < need or _UNBOUND in table[state.readable // self.size : need]:
-            self.error(f"the table of {state.request.id!r} does not cover {reach} tokens")
+    def covers(self, state: _State, stop: int) -> bool:
+        """Whether the table has blocks for `[0, stop)`; says so if not."""
+        need = -(-stop // self.size)
+        if len(state.table) < need or _UNBOUND in state.table[state.readable // self.size : need]:
+            self.error(f"the table of {state.request.id!r} does not cover {stop} tokens")
             return False
+        return True
+
+    def reads(self, state: _State, stop: int) -> bool:
+        """Whether the table's blocks hold KV for `[0, stop)`; says so if not."""
+        held = self.blocks[DEVICE, state.worker]
         while state.readable < stop:
-            block = held[table[state.readable // self.size]]
-            if block.filled <= state.readable % self.size:
+            number = state.table[state.readable // self.size]
+            ahead = held[number].filled - state.readable % self.size
+            if ahead <= 0:
                 self.error(
                     f"{state.request.id!r} reads token {state.readable} of its KV, which is not "
-                    f"written (block {table[state.readable // self.size]})"
+                    f"written (block {number})"
                 )
                 return False
-            state.readable += block.filled - state.readable % self.size
+            state.readable += ahead
         return True
 
     def write(self, state: _State, start: int, stop: int) -> None:
@@ -374,18 +389,6 @@ class _Replay:
                 )
             block.filled = end - index * self.size
             at = end
-        state.readable = max(state.readable, stop)
-
-    def prefill(self, chunk: PrefillChunk) -> None:
-        state = self.states[chunk.request]
-        self.write(state, chunk.start, chunk.stop)
-        if chunk.stop == state.request.prompt_len and not state.generated:
-            self.advance(state, 1)
-
-    def decode(self, name: str, loops: int) -> None:
-        state = self.states[name]
-        self.write(state, state.written, state.written + loops)
-        self.advance(state, loops)
 
     def advance(self, state: _State, count: int) -> None:
         state.generated += count

@@ -170,7 +170,8 @@ def test_idle_cache_gives_way_least_recently_used_first() -> None:
     plan = cached(blocks=5)
     verify_plan(plan)
     assert plan.steps[0].kv[0] == KVFree("device", (0,))
-    assert {ids for held in plan.retained for ids in held.ids} == {7, 8, 9}
+    assert plan.steps[1].kv == (KVFree("device", (0, 2, 3, 4)),)
+    assert {ids for held in plan.retained for ids in held.ids} == {7, 9}
 
 
 def test_retain_keeps_dead_prompts_until_their_space_is_needed() -> None:
@@ -227,6 +228,31 @@ def test_collectives_last_as_long_as_their_rows() -> None:
         [16],
         [],
     ]
+
+
+def test_chunks_of_one_step_may_build_on_each_other() -> None:
+    """Each layer writes the KV of all rows before attention reads it."""
+    nodes = [node.replace(step=0) if node.name[0] in "dp" else node for node in shared().nodes]
+    nodes = [
+        node.replace(step=1, until=1 + (node.name == "d1")) if isinstance(node, Decode) else node
+        for node in nodes
+    ]
+    plan = lower(shared().replace(nodes=tuple(nodes), loops=(1, 2, 2)))
+    verify_plan(plan)
+    assert plan.steps[0].prefill == (PrefillChunk("r0", 0, 10), PrefillChunk("r1", 8, 9))
+
+
+def test_a_step_without_forwards_has_no_rows() -> None:
+    nodes = [
+        node.replace(until=node.until + 1) if isinstance(node, Decode) and node.until else node
+        for node in shared().nodes
+    ]
+    moved = KVMigrate("h", "r0", 0, 8, operands=("doc",), step=2)
+    nodes = [node.replace(step=3) if isinstance(node, Decode) else node for node in nodes]
+    nodes = [*nodes[:3], moved, *nodes[3:]]
+    plan = lower(shared().replace(nodes=tuple(nodes), loops=(1, 1, 0, 2, 2)))
+    verify_plan(plan)
+    assert (plan.steps[2].loops, plan.steps[2].decode, plan.steps[2].groups) == (0, (), ())
 
 
 def test_only_a_scheduled_graph_is_lowered() -> None:

@@ -1,0 +1,157 @@
+"""What an engine is to the rest of sagellm-ir, and what it reports. Imports no engine and no torch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, Protocol, runtime_checkable
+
+from attrs import field, frozen
+
+from sagellm_ir.lowering.plan import PlanRequest, PlanStep
+from sagellm_ir.request import Sampling
+
+__all__ = [
+    "CachedPrefix",
+    "Capability",
+    "EngineStats",
+    "EngineView",
+    "Finish",
+    "InferenceBackend",
+    "PlanSource",
+    "RequestView",
+    "TokenEvent",
+]
+
+Finish = Literal["stop", "length", "abort"]
+"""Why an answer ended: end token or stop string, the planned number of tokens, or its user."""
+
+
+@frozen
+class Capability:
+    """What an engine can run. A target that asks for more is refused before anything runs."""
+
+    engine: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    tiers: tuple[str, ...] = ("device", "host")
+    block_size_multiple: int = 1
+    reserved_blocks: tuple[int, ...] = ()
+    """Device blocks that a plan must not use."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together, at most; None: as many as the pool holds."""
+    max_tp: int = 1
+    mixed: bool = True
+    """Whether one step may hold prefill chunks and decode rows."""
+    prefix_groups: bool = True
+    """Whether the engine attends to a shared prefix once for all rows of a group."""
+
+
+@frozen
+class TokenEvent:
+    """One token of an answer, or its end."""
+
+    request: str
+    token: int | None
+    """None when the request ended without a new token (abort)."""
+    text: str = ""
+    """The text that became certain with this token: empty while a character or a possible stop
+    string is still incomplete, or when the model has no tokenizer."""
+    index: int = 0
+    """Place of the token in the answer, from 0."""
+    finish: Finish | None = None
+
+
+@frozen
+class RequestView:
+    """How far a request has come."""
+
+    id: str
+    prompt_len: int
+    computed: int
+    """Tokens that a forward of this request has run so far (or could skip: its last row's end)."""
+    generated: int
+    max_new_tokens: int
+    finish: Finish | None = None
+
+
+@frozen
+class CachedPrefix:
+    """Blocks of a tier that hold the KV of a request's first tokens and have not been freed."""
+
+    request: str
+    tier: str
+    worker: str
+    blocks: tuple[int, ...]
+    """In order of the request's blocks, from its first."""
+
+
+@frozen
+class EngineView:
+    """What an engine reports before each step."""
+
+    waiting: tuple[RequestView, ...] = ()
+    """Submitted, nothing computed yet; in order of arrival."""
+    running: tuple[RequestView, ...] = ()
+    finished: tuple[RequestView, ...] = ()
+    """Ended and not yet released."""
+    cached: tuple[CachedPrefix, ...] = ()
+    free: Mapping[tuple[str, str], int] = field(factory=dict)
+    """Blocks that nothing holds, by (worker, tier)."""
+
+
+@frozen
+class EngineStats:
+    """Counters since the engine was made."""
+
+    steps: int = 0
+    forwards: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    generated: int = 0
+    moved_blocks: int = 0
+    forward_seconds: float = 0.0
+    move_seconds: float = 0.0
+
+
+@runtime_checkable
+class PlanSource(Protocol):
+    """Where steps come from: a finished plan's cursor, or the online planner."""
+
+    def next_step(self, view: EngineView) -> PlanStep | None:
+        """The next step for an engine in this state, or None when there is nothing left to do."""
+        ...
+
+
+@runtime_checkable
+class InferenceBackend(Protocol):
+    """An engine that runs plan steps. It holds no scheduling policy."""
+
+    @property
+    def capability(self) -> Capability:
+        """What it can run."""
+        ...
+
+    def submit(self, request: PlanRequest, sampling: Sampling = ...) -> None:
+        """Make a request known. Steps may name it from now on."""
+        ...
+
+    def step(self, step: PlanStep) -> list[TokenEvent]:
+        """Run one step; the tokens it made, in the order they were made."""
+        ...
+
+    def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
+        """Run the steps of a source, token by token, until it has none left."""
+        ...
+
+    def view(self) -> EngineView:
+        """The state that the next step is chosen for."""
+        ...
+
+    def abort(self, request: str) -> None:
+        """End a request. Its rows are skipped from now on; its blocks stay as the plan says."""
+        ...
+
+    def release(self, request: str) -> None:
+        """Forget a request that has ended."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made."""
+        ...

@@ -1,0 +1,286 @@
+"""`EmbeddedEngine`: does what a `PlanStep` says, in this process, on a CPU or one GPU."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from attrs import evolve, frozen
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import ExecutionPlan, KVFree, KVMove, PlanRequest, PlanStep
+from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.backend import (
+    Capability,
+    EngineStats,
+    EngineView,
+    PlanSource,
+    TokenEvent,
+)
+from sagellm_ir.runtime.engines.embedded.attention import Row, SharedSpan, plan_parts
+from sagellm_ir.runtime.engines.embedded.checks import check_request, check_target
+from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
+from sagellm_ir.runtime.engines.embedded.sampling import draw
+from sagellm_ir.runtime.engines.embedded.sequence import Sequence
+from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
+from sagellm_ir.target import DEVICE, Target
+
+__all__ = ["EmbeddedEngine"]
+
+
+@frozen
+class _Work:
+    """A row of one forward: tokens `[start, stop)` of a sequence."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    decode: bool
+
+    @property
+    def yields(self) -> bool:
+        """Whether it reaches the last token known, so that its logits give the next one."""
+        return self.stop == len(self.sequence.tokens) and not self.sequence.finish
+
+
+class EmbeddedEngine:
+    """A model, and one KV pool for each worker of the target. It holds no scheduling policy.
+
+    A step's decode rows of requests that have ended are skipped. Its prefill chunks always run:
+    other requests may share the blocks they fill.
+
+    Raises:
+        SageIRError: the target asks for what the engine cannot do, or is for another model.
+    """
+
+    def __init__(self, model: CausalLM, target: Target, *, stop_at_eos: bool = True) -> None:
+        """`stop_at_eos=False` generates to the planned length, as benchmarks need."""
+        check_target(target, model, self.capability)
+        self.model = model
+        self.target = target
+        self._eos = frozenset(model.config.eos if stop_at_eos else ())
+        self._workers = {
+            worker.name: WorkerMemory(worker.name, model.config, target, model.dtype, model.device)
+            for worker in target.workers
+        }
+        self._sequences: dict[str, Sequence] = {}
+        self._pending: list[TokenEvent] = []
+        self._stats = EngineStats()
+
+    @property
+    def capability(self) -> Capability:
+        """See `InferenceBackend`. Tiers other than `device` lie in host memory, of any name."""
+        return Capability(engine="embedded", max_model_len=None)
+
+    def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:  # noqa: B008
+        """Make a request known.
+
+        Raises:
+            SageIRError: it cannot be answered here: no tokens, too long for the pool or the model,
+                its id is still running.
+        """
+        running = self._sequences.get(request.id)
+        check_request(request, self.model, self.target, running is not None and not running.finish)
+        self.release(request.id)
+        self._sequences[request.id] = Sequence(request, sampling, self.model.tokenizer, self._eos)
+
+    def abort(self, request: str) -> None:
+        """End a request; its last event comes with the next step."""
+        sequence = self._sequence(request)
+        if not sequence.finish:
+            self._pending.append(sequence.abort())
+
+    def release(self, request: str) -> None:
+        """Forget a request and its tables."""
+        self._sequences.pop(request, None)
+        for worker in self._workers.values():
+            worker.release(request)
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made."""
+        return self._stats
+
+    def view(self) -> EngineView:
+        """See `InferenceBackend`."""
+        views = [sequence.view() for sequence in self._sequences.values()]
+        prefixes = [
+            worker.cached(view.id, view.computed)
+            for worker in self._workers.values()
+            for view in views
+        ]
+        free: dict[tuple[str, str], int] = {}
+        for worker in self._workers.values():
+            free |= worker.free_blocks()
+        return EngineView(
+            waiting=tuple(v for v in views if not v.finish and not v.computed),
+            running=tuple(v for v in views if not v.finish and v.computed),
+            finished=tuple(v for v in views if v.finish),
+            cached=tuple(prefix for prefix in prefixes if prefix),
+            free=free,
+        )
+
+    def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
+        """Run a source's steps until it has none left."""
+        while (step := source.next_step(self.view())) is not None:
+            yield from self.step(step)
+        yield from self._drain()
+
+    def execute(self, plan: ExecutionPlan) -> Iterator[TokenEvent]:
+        """Submit a plan's requests (greedy, unless submitted before) and run all its steps.
+
+        Raises:
+            SageIRError: the plan is for another model, block size or a larger pool.
+        """
+        check_target(plan.target, self.model, self.capability, within=self.target)
+        for request in plan.requests:
+            if request.id not in self._sequences:
+                self.submit(request)
+        for step in plan.steps:
+            yield from self.step(step)
+        yield from self._drain()
+
+    def step(self, step: PlanStep) -> list[TokenEvent]:
+        """Run one step.
+
+        Raises:
+            SageIRError: the step does not fit this engine: an unknown request or worker, a block
+                out of range, a table too short for its rows.
+        """
+        worker = self._worker(step.worker)
+        start = time.perf_counter()
+        moved = sum(self._move(item, worker) for item in step.kv)
+        self._count(steps=1, moved_blocks=moved, move_seconds=time.perf_counter() - start)
+        for bind in step.binds:
+            worker.bind(bind)
+        events = self._drain()
+        for _ in range(1 if step.prefill else step.loops):
+            work = self._work(step)
+            if not work:
+                break
+            events += self._forward(step, worker, work)
+        return events
+
+    def _move(self, item: KVMove | KVFree, worker: WorkerMemory) -> int:
+        """Carry out one entry of a step's `kv`; the number of blocks copied."""
+        if isinstance(item, KVFree):
+            owner = self._worker(item.worker) if item.worker else worker
+            owner.free(item)
+            return 0
+        if len(item.src) != len(item.dst):
+            raise SageIRError(
+                Diagnostic(f"a move of {len(item.src)} blocks names {len(item.dst)} destinations")
+            )
+        source = self._worker(item.from_worker) if item.from_worker else worker
+        source.pool.copy(item.from_tier, item.src, worker.pool, item.to_tier, item.dst)
+        worker.hold(item.to_tier, item.dst)
+        return len(item.src)
+
+    def _work(self, step: PlanStep) -> list[_Work]:
+        """The rows of the next forward of a step."""
+        work = []
+        for chunk in step.prefill:
+            sequence = self._sequence(chunk.request)
+            if not 0 <= chunk.start < chunk.stop <= len(sequence.tokens):
+                raise SageIRError(
+                    Diagnostic(
+                        f"step {step.index} runs tokens [{chunk.start}, {chunk.stop}) of request "
+                        f"{chunk.request!r}, which has {len(sequence.tokens)}"
+                    )
+                )
+            work.append(_Work(sequence, chunk.start, chunk.stop, False))
+        for name in step.decode:
+            sequence = self._sequence(name)
+            if not sequence.finish:
+                end = len(sequence.tokens)
+                work.append(_Work(sequence, end - 1, end, True))
+        return work
+
+    def _forward(self, step: PlanStep, worker: WorkerMemory, work: list[_Work]) -> list[TokenEvent]:
+        """One forward and its tokens."""
+        start = time.perf_counter()
+        work.sort(key=lambda row: self._order(worker, row))
+        batch = self._batch(step, worker, work)
+        logits = self.model.forward(batch, worker.pool.layers)
+        yielding = [row.sequence for row in work if row.yields]
+        tokens = draw(logits, [sequence.sampler for sequence in yielding])
+        for row in work:
+            row.sequence.computed = max(row.sequence.computed, row.stop)
+        prefill = sum(row.stop - row.start for row in work if not row.decode)
+        self._count(
+            forwards=1,
+            prefill_tokens=prefill,
+            decode_tokens=sum(row.decode for row in work),
+            generated=len(tokens),
+            forward_seconds=time.perf_counter() - start,
+        )
+        return [sequence.push(token) for sequence, token in zip(yielding, tokens, strict=True)]
+
+    def _order(self, worker: WorkerMemory, row: _Work) -> tuple[bool, int]:
+        """Chunks first, then decode rows by place in memory: neighbours share attention calls."""
+        table = worker.table(row.sequence.request.id, row.stop)
+        return row.decode, table.slot(row.start) if row.decode else 0
+
+    def _batch(self, step: PlanStep, worker: WorkerMemory, work: list[_Work]) -> Batch:
+        """Everything the layers share: ids, positions, slots, attention parts."""
+        device = self.model.device
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last: list[int] = []
+        rows: list[Row] = []
+        for item in work:
+            table = worker.tables[item.sequence.request.id]
+            context = item.stop if item.decode else item.start
+            rows.append(Row(len(ids), item.stop - item.start, context, table, item.decode))
+            ids += item.sequence.tokens[item.start : item.stop]
+            positions += range(item.start, item.stop)
+            for slot, count in table.spans(item.start, item.stop):
+                slots += range(slot, slot + count)
+            if item.yields:
+                last.append(len(ids) - 1)
+        ints = [torch.tensor(v, dtype=torch.int64) for v in (ids, positions, slots, last)]
+        moved = [tensor.to(device) for tensor in ints]
+        pool_slots = worker.pool.capacity[DEVICE] * worker.pool.block_size
+        parts = plan_parts(rows, self._shared(step, work, rows), pool_slots, device)
+        return Batch(moved[0], moved[1], moved[2], parts, moved[3])
+
+    def _shared(self, step: PlanStep, work: list[_Work], rows: list[Row]) -> list[SharedSpan]:
+        """A step's prefix groups, by row; checked, since a wrong one reads another's KV."""
+        place = {item.sequence.request.id: i for i, item in enumerate(work)}
+        shared = []
+        for group in step.groups:
+            members = tuple(place[name] for name in group.requests if name in place)
+            if len(members) < 2:
+                continue
+            spans = [rows[i].table.spans(group.start, group.stop) for i in members]
+            short = any(rows[i].context < group.stop for i in members)
+            if short or any(span != spans[0] for span in spans):
+                raise SageIRError(
+                    Diagnostic(
+                        f"step {step.index} groups requests {', '.join(group.requests)} on tokens "
+                        f"[{group.start}, {group.stop}), but they do not hold the same blocks there"
+                    )
+                )
+            shared.append(SharedSpan(group.start, group.stop, members))
+        return shared
+
+    def _sequence(self, request: str) -> Sequence:
+        if request not in self._sequences:
+            raise SageIRError(
+                Diagnostic(f"the plan names request {request!r}, which was never submitted")
+            )
+        return self._sequences[request]
+
+    def _worker(self, name: str) -> WorkerMemory:
+        if name not in self._workers:
+            raise SageIRError(
+                Diagnostic(f"the plan names worker {name!r}; known: {', '.join(self._workers)}")
+            )
+        return self._workers[name]
+
+    def _drain(self) -> list[TokenEvent]:
+        events, self._pending = self._pending, []
+        return events
+
+    def _count(self, **more: float) -> None:
+        now = {name: getattr(self._stats, name) + value for name, value in more.items()}
+        self._stats = evolve(self._stats, **now)

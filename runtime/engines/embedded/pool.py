@@ -1,0 +1,127 @@
+"""The paged KV pool: one tensor a tier, and the block tables that point into it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
+from sagellm_ir.target import DEVICE
+
+__all__ = ["BlockTable", "KVPool", "Span"]
+
+Span = tuple[int, int]
+"""First slot and number of tokens that lie side by side in the pool. Slot = block * size + offset."""
+
+
+class BlockTable:
+    """A request's blocks in order, and where they lie side by side."""
+
+    def __init__(self, block_size: int) -> None:
+        self.blocks: list[int] = []
+        self._size = block_size
+        self._runs: list[tuple[int, int]] | None = None
+
+    def bind(self, at: int, blocks: Sequence[int]) -> None:
+        """Set the entries from `at` on; `at` must not leave a hole."""
+        self.blocks[at : at + len(blocks)] = blocks
+        self._runs = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the table has room for."""
+        return len(self.blocks) * self._size
+
+    def slot(self, position: int) -> int:
+        """Where the KV of the token at this position lies."""
+        return self.blocks[position // self._size] * self._size + position % self._size
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """Where the KV of tokens `[start, stop)` lies, in order, in as few pieces as possible."""
+        if self._runs is None:
+            heads = [i for i, (a, b) in enumerate(pairwise(self.blocks), 1) if b != a + 1]
+            bounds = [0, *heads, len(self.blocks)]
+            self._runs = list(pairwise(bounds))
+        found = []
+        for first, last in self._runs:
+            low = max(start, first * self._size)
+            high = min(stop, last * self._size)
+            if low < high:
+                found.append((self.slot(low), high - low))
+        return found
+
+
+class KVPool:
+    """KV memory of one worker, taken once: nothing is allocated while requests run.
+
+    A tier is (layers, 2, kv_heads, blocks, block_size, head_dim). Blocks with neighbouring numbers
+    are neighbours in memory for each head, so a run of them is one attention operand without a
+    copy; a moved block is `layers * 2 * kv_heads` pieces of `block_size * head_dim` elements.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        block_size: int,
+        tiers: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        shape = (config.layers, 2, config.kv_heads, 1, block_size, config.head_dim)
+        self._tiers = {
+            name: _zeros((*shape[:3], blocks, *shape[4:]), dtype, device, host=name != DEVICE)
+            for name, blocks in tiers.items()
+        }
+        self.capacity = dict(tiers)
+        self.layers: list[Tensor] = list(self._tiers[DEVICE].flatten(3, 4).unbind(0))
+        """Per layer, (2, kv_heads, slots, head_dim) of the device tier."""
+
+    def check(self, tier: str, blocks: Sequence[int]) -> None:
+        """Raise `SageIRError` unless the tier exists and has these blocks."""
+        if tier not in self.capacity:
+            raise SageIRError(
+                Diagnostic(f"the plan names tier {tier!r}; the engine has {list(self.capacity)}")
+            )
+        if blocks and not 0 <= min(blocks) <= max(blocks) < self.capacity[tier]:
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan uses block {max(blocks)} of tier {tier!r}, which has "
+                    f"{self.capacity[tier]} blocks",
+                    help="compile the plan for this engine's target",
+                )
+            )
+
+    def copy(
+        self, tier: str, src: Sequence[int], to: "KVPool", to_tier: str, dst: Sequence[int]
+    ) -> None:
+        """Copy blocks, `src[i]` to `dst[i]`, to a tier of this or another worker's pool."""
+        self.check(tier, src)
+        to.check(to_tier, dst)
+        source, target = self._tiers[tier], to._tiers[to_tier]
+        if source is not target and _is_run(src) and _is_run(dst):
+            piece = source[:, :, :, src[0] : src[-1] + 1]
+            target[:, :, :, dst[0] : dst[-1] + 1].copy_(piece, non_blocking=True)
+            return
+        taken = source.index_select(3, torch.tensor(src, device=source.device))
+        index = torch.tensor(dst, device=target.device)
+        target.index_copy_(3, index, taken.to(target.device))
+
+
+def _is_run(blocks: Sequence[int]) -> bool:
+    return bool(blocks) and all(b == a + 1 for a, b in pairwise(blocks))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, host: bool) -> Tensor:
+    """Zeros: masked attention may read what was never written, which must not be NaN."""
+    if device.type != "cpu":
+        if host:
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves zeroing to the system, page by page at first use; torch would touch it all.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

@@ -23,11 +23,11 @@ from sagellm_ir.passes.registry import find_pass, pass_names
 __all__ = ["PRESETS", "Pipeline", "print_pass"]
 
 PRESETS: dict[str, str] = {
-    "O0": "disaggregate,chunk-prefill,schedule,evict",
+    "O0": "chunk-prefill,disaggregate,schedule,evict",
     "O1": "canonicalize,prefix-dedup,kv-reuse,O0",
-    "O2": "canonicalize,prefix-dedup,kv-reuse,disaggregate,chunk-prefill,schedule,"
+    "O2": "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,disaggregate,schedule,"
     "evict{policy=belady},comm-fusion",
-    "O3": "canonicalize,prefix-dedup{gated=false},kv-reuse,disaggregate,chunk-prefill,schedule,"
+    "O3": "canonicalize,prefix-dedup{gated=false},kv-reuse,chunk-prefill,disaggregate,schedule,"
     "evict{policy=belady},comm-fusion",
 }
 """Ready-made pipelines. Each makes a scheduled graph of any verified built graph.

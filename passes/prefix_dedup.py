@@ -1,0 +1,203 @@
+"""`prefix-dedup`: common subexpression elimination over KV."""
+
+from bisect import bisect_left, bisect_right
+from typing import ClassVar
+
+import numpy as np
+from attrs import define, field, frozen, validators
+
+from sagellm_ir.cost import CostModel
+from sagellm_ir.graph import IRGraph, RequestDecl
+from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, KVNode, Prefill
+from sagellm_ir.passes.base import Pass, PassContext
+from sagellm_ir.passes.blocks import BlockTable, RadixTree
+from sagellm_ir.passes.rewrite import (
+    Names,
+    canonical_ranks,
+    finish,
+    merge,
+    sources,
+    split,
+    topological,
+)
+from sagellm_ir.target import DEVICE
+
+__all__ = ["PrefixDedup"]
+
+
+@frozen
+class PrefixDedup(Pass):
+    """Computes a prefix that several requests have in common once.
+
+    Prompts form a radix tree over block ids (as in L. Zheng et al., "SGLang", arXiv 2312.07104).
+    Where prompts part is a boundary. The first request that runs through a boundary, its leader,
+    computes up to there in a node of its own (`%x.s0`, `%x.s1`, ..., named after the leader's
+    prefill `%x`); the others, its followers, start there with that node as prefix. Leaders come
+    first: by arrival, then those that wait for nobody, then by priority, then as declared; but
+    nothing that stands before a node on account of the graph's edges comes after it.
+
+    - Only full blocks are shared, and never a whole prompt: its last token has to be computed.
+    - Order edges stay with the request that had them: a follower waits for the leader's node and
+      for what it waited for before. So a turn of a session shares with the turn before it.
+    - Nodes that a move copies stay as they are; decodes are not touched.
+    - Cached prefixes (`kv_fetch` without source) are shared like computed ones.
+
+    A boundary is worth it when at least `min_tokens` lie between it and the boundary above it and,
+    if `gated`, when the followers that part there save more arithmetic than the step that they may
+    have to wait costs besides its rows: followers * prefill(above, here) > step_overhead. If
+    not, they part at the boundary above.
+
+    Time is O(n log n) in blocks, in numpy, and linear in nodes. The pass is idempotent.
+    """
+
+    name: ClassVar[str] = "prefix-dedup"
+    needs: ClassVar[tuple[str, ...]] = ("built",)
+
+    min_tokens: int = field(default=1, validator=validators.gt(0))
+    """Fewest tokens worth a node of their own; less than a block means a block."""
+    gated: bool = True
+    """Ask the cost model."""
+
+    def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
+        order = _leaders_first(graph)
+        tree = RadixTree.of(BlockTable(order, graph.target.block_size))
+        kept = [i for i in self._worth_it(tree, CostModel(graph.target)) if ctx.may_rewrite()]
+        if not kept:
+            return graph
+        sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
+        for node in topological(graph.nodes, canonical_ranks(graph, order)):
+            sharing.visit(node)
+        return finish(graph, sharing.nodes, sharing.gone, sharing.idle) if ctx.counts else graph
+
+    def _worth_it(self, tree: "RadixTree", cost: CostModel) -> list[int]:
+        """The boundaries to keep, in leaders' order. Followers of others go to the one above."""
+        stop, parent, followers = tree.stop.tolist(), tree.parent.tolist(), tree.followers.tolist()
+        overhead = cost.target.device.step_overhead if self.gated else 0.0
+        kept = []
+        for i in np.argsort(-tree.stop, kind="stable").tolist():
+            above = stop[parent[i]] if parent[i] >= 0 else 0
+            saved = followers[i] * cost.prefill(above, stop[i])
+            if stop[i] - above >= self.min_tokens and saved > overhead:
+                kept.append(i)
+            elif parent[i] >= 0:
+                followers[parent[i]] += followers[i]
+        return sorted(kept)
+
+
+def _leaders_first(graph: IRGraph) -> list[RequestDecl]:
+    """The requests in the order in which they may lead."""
+    waiting = {n.request for n in graph.nodes if n.after and isinstance(n, KVNode)}
+    return sorted(graph.requests, key=lambda r: (r.arrival, r.id in waiting, -r.priority))
+
+
+@define
+class _Sharing:
+    """Rewrites nodes, visited in topological order, so that operands are always earlier ones."""
+
+    graph: IRGraph
+    cuts: dict[str, tuple[list[int], list[int]]]
+    ctx: PassContext
+    by: str
+    nodes: list[IRNode] = field(factory=list)
+    gone: dict[str, tuple[str, ...]] = field(factory=dict)
+    idle: set[str] = field(factory=set)
+    values: dict[int, str] = field(factory=dict)
+    """By block, the value that ends with it."""
+    hits: dict[str, int] = field(factory=dict)
+    """By request, how far others had computed its prompt when its first node was visited."""
+    waits: dict[str, tuple[str, ...]] = field(factory=dict)
+    """By node, the order edges of it and its ancestors in its request."""
+
+    names: Names = field(init=False)
+    copied: set[str] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.names = Names(self.graph)
+        self.copied = sources(self.graph)
+
+    def visit(self, node: IRNode) -> None:
+        """Rewrites one node."""
+        if isinstance(node, AllReduce):
+            return
+        if not isinstance(node, KVNode) or node.request not in self.cuts:
+            self.nodes.append(node)
+            return
+        self.wait(node)
+        if self.rewritable(node):
+            assert isinstance(node, (Prefill, KVFetch))
+            self.share(node)
+        else:
+            self.keep(node)
+
+    def rewritable(self, node: KVNode) -> bool:
+        """Whether it computes or pins a part of the prompt, and no move copies that."""
+        if node.name in self.copied:
+            return False
+        return isinstance(node, Prefill) or (isinstance(node, KVFetch) and node.source is None)
+
+    def wait(self, node: KVNode) -> None:
+        """Notes the order edges of a node and its ancestors in its request."""
+        prefix = self.graph.by_name.get(node.prefix or "")
+        inherited = isinstance(prefix, KVNode) and prefix.request == node.request
+        above = self.waits.get(prefix.name, ()) if prefix and inherited else ()
+        self.waits[node.name] = merge(above, node.after) if node.after else above
+
+    def keep(self, node: KVNode) -> None:
+        """Takes a node as it is; from now on others may use its value."""
+        self.nodes.append(node)
+        stops, blocks = self.cuts[node.request]
+        at = bisect_left(stops, node.stop)
+        if at < len(stops) and stops[at] == node.stop and node.tier == DEVICE:
+            self.values.setdefault(blocks[at], node.name)
+
+    def share(self, node: Prefill | KVFetch) -> None:
+        """Replaces what others compute of a node by their value, and cuts the rest where the
+        node's request leads."""
+        stops, blocks = self.cuts[node.request]
+        computed = self.computed(node.request)
+        at = bisect_left(stops, node.stop)
+        if at < computed and stops[at] == node.stop and blocks[at] in self.values:
+            self.skip(node)
+            self.gone[node.name] = merge((self.values[blocks[at]],), self.waits[node.name])
+            self.ctx.count("nodes shared")
+            self.save(node, node.stop)
+            return
+        if at >= computed > 0 and stops[computed - 1] > node.start:
+            self.skip(node)
+            self.save(node, stops[computed - 1])
+            self.ctx.count("prefixes shared")
+            node = node.replace(
+                start=stops[computed - 1],
+                operands=(self.values[blocks[computed - 1]],),
+                after=self.waits[node.name],
+            )
+        first = max(bisect_right(stops, node.start), computed)
+        cuts = stops[first:at]
+        fresh = [self.names.fresh(f"{node.name}.s{i}") for i in range(len(cuts))]
+        if cuts:
+            self.ctx.count("prefixes led", len(cuts))
+        for piece in split(node, cuts, fresh, self.by):
+            self.keep(piece)
+
+    def computed(self, request: str) -> int:
+        """How many of its boundaries lie in what others had computed before its first node."""
+        if request not in self.hits:
+            stops, blocks = self.cuts[request]
+            count = bisect_left(stops, self.graph.request[request].prompt_len)
+            while count and blocks[count - 1] not in self.values:
+                count -= 1
+            self.hits[request] = count
+        return self.hits[request]
+
+    def skip(self, node: KVNode) -> None:
+        """Notes that a node no longer needs its ancestors in its request."""
+        prefix = self.graph.by_name.get(node.prefix or "")
+        while isinstance(prefix, KVNode) and prefix.request == node.request:
+            if prefix.name in self.idle:
+                return
+            self.idle.add(prefix.name)
+            prefix = self.graph.by_name.get(prefix.prefix or "")
+
+    def save(self, node: KVNode, until: int) -> None:
+        if isinstance(node, Prefill):
+            self.ctx.count("tokens saved", until - node.start)

@@ -1,0 +1,240 @@
+"""What the passes over built graphs share: fresh names, splitting, and putting a graph together."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from typing import Any, TypeVar
+
+from sagellm_ir.graph import IRGraph, RequestDecl
+from sagellm_ir.nodes import (
+    KINDS,
+    AllReduce,
+    Decode,
+    IRNode,
+    KVFetch,
+    KVMigrate,
+    KVNode,
+    Origin,
+    Prefill,
+    collective,
+    payload,
+)
+
+__all__ = [
+    "Gone",
+    "Names",
+    "canonical_ranks",
+    "finish",
+    "merge",
+    "sources",
+    "split",
+    "topological",
+]
+
+Piece = TypeVar("Piece", bound=KVNode)
+
+Gone = Mapping[str, tuple[str, ...]]
+"""For each node that is gone: what holds its KV now, then what its users must wait for besides."""
+
+
+class Names:
+    """Gives names that are new to a graph."""
+
+    def __init__(self, graph: IRGraph) -> None:
+        self.taken = set(graph.by_name)
+
+    def fresh(self, base: str) -> str:
+        """`base`, or `base.1`, `base.2`, ...: the first that is not taken; takes it."""
+        name, number = base, 0
+        while name in self.taken:
+            number += 1
+            name = f"{base}.{number}"
+        self.taken.add(name)
+        return name
+
+
+def merge(*names: Iterable[str]) -> tuple[str, ...]:
+    """Names of all arguments, each once, in order."""
+    return tuple(dict.fromkeys(name for some in names for name in some))
+
+
+def split(node: Piece, cuts: Sequence[int], names: Iterable[str], by: str) -> list[Piece]:
+    """The node as a chain of pieces that meet at `cuts`.
+
+    The last piece keeps the node's name, so users need no change; the first keeps its operands and
+    order edges, so nothing of it starts earlier than it did.
+
+    Args:
+        node: a prefill, or a fetch without a source (a source would have to be split too).
+        cuts: ascending tokens strictly inside the node's span.
+        names: of the pieces before the last; as many as cuts.
+        by: the pass that asks.
+    """
+    if not cuts:
+        return [node]
+    origin = Origin(by, (node.name,))
+    pieces, operands, after, start = [], node.operands, node.after, node.start
+    for name, stop in zip(names, cuts):  # noqa: B905  (names may be endless)
+        piece = node.replace(
+            name=name, start=start, stop=stop, operands=operands, after=after, origin=origin
+        )
+        pieces.append(piece)
+        operands, after, start = (name,), (), stop
+    pieces.append(node.replace(start=start, operands=operands, after=after))
+    return pieces
+
+
+def sources(graph: IRGraph) -> set[str]:
+    """The nodes whose KV some move copies: a move copies from one node, so such a node's span can
+    not change without that of the move."""
+    moves = [node for node in graph.nodes if isinstance(node, (KVFetch, KVMigrate))]
+    return {move.source for move in moves if move.source is not None}
+
+
+def canonical_ranks(graph: IRGraph, requests: Sequence[RequestDecl]) -> list[tuple[Any, ...]]:
+    """A unique rank for each node: by request, in the order given, then span, kind and name. What
+    is no KV stands behind the last of its operands."""
+    places = {request.id: i for i, request in enumerate(requests)}
+    kinds = {kind: i for i, kind in enumerate(KINDS)}
+    ranks: dict[str, tuple[Any, ...]] = {}
+    for node in graph.nodes:
+        kind = kinds.get(node.kind, len(kinds))
+        if isinstance(node, KVNode):
+            ranks[node.name] = (places[node.request], node.start, node.stop, kind, node.name)
+        else:
+            last = max((ranks[name][:3] for name in node.operands), default=(0, 0, 0))
+            ranks[node.name] = (*last, kind, node.name)
+    return list(ranks.values())
+
+
+def topological(nodes: Sequence[IRNode], ranks: Sequence[Any]) -> list[IRNode]:
+    """The nodes with operands and `after` before their users; among those that may come next, the
+    one of least rank. When ranks are unique the order depends on nothing else.
+
+    Kahn's algorithm (CACM 5(11), 1962) over a heap, unless sorting by rank is enough.
+    """
+    ranked = [nodes[i] for i in sorted(range(len(nodes)), key=ranks.__getitem__)]
+    seen: set[str] = set()
+    for node in ranked:
+        if not (seen.issuperset(node.operands) and seen.issuperset(node.after)):
+            return _kahn(ranked)
+        seen.add(node.name)
+    return ranked
+
+
+def _kahn(nodes: list[IRNode]) -> list[IRNode]:
+    """Topological order; among those that may come next, the one that stands first."""
+    place = {node.name: i for i, node in enumerate(nodes)}
+    users: list[list[int]] = [[] for _ in nodes]
+    waits = [0] * len(nodes)
+    for i, node in enumerate(nodes):
+        for name in (*node.operands, *node.after):
+            users[place[name]].append(i)
+            waits[i] += 1
+    ready = [i for i, count in enumerate(waits) if not count]
+    heapify(ready)
+    ordered = []
+    while ready:
+        i = heappop(ready)
+        ordered.append(nodes[i])
+        for user in users[i]:
+            waits[user] -= 1
+            if not waits[user]:
+                heappush(ready, user)
+    assert len(ordered) == len(nodes), "a pass made a cycle"
+    return ordered
+
+
+def finish(
+    graph: IRGraph, nodes: Iterable[IRNode], gone: Gone | None = None, idle: Collection[str] = ()
+) -> IRGraph:
+    """The graph with its nodes exchanged for `nodes`, near the places they had, and with the
+    collectives that these need.
+
+    Args:
+        graph: the graph before.
+        nodes: all but collectives, in topological order when `gone` is seen to; new nodes stand
+            just before the old one they were made from.
+        gone: what users of a node that is not among `nodes` are to use.
+        idle: nodes to leave out if nothing uses them any more.
+    """
+    gone = _resolve(gone or {})
+    kept = [_redirect(node, gone) for node in nodes]
+    if idle:
+        kept = _without(kept, idle)
+    placed = _with_collectives(graph, kept, gone)
+    old = {node.name: i for i, node in enumerate(graph.nodes)}
+    ranks, place = [0] * len(placed), len(old)
+    for i in range(len(placed) - 1, -1, -1):
+        ranks[i] = place = old.get(placed[i].name, place)
+    return graph.replace(nodes=tuple(topological(placed, ranks)))
+
+
+def _resolve(gone: Gone) -> Gone:
+    """`gone`, without names of nodes that are gone themselves. Later ones may name earlier ones."""
+    resolved: dict[str, tuple[str, ...]] = {}
+    for name, stand_in in gone.items():
+        resolved[name] = merge(*(resolved.get(other, (other,)) for other in stand_in))
+    return resolved
+
+
+def _redirect(node: IRNode, gone: Gone) -> IRNode:
+    """The node with what it names exchanged."""
+    data = [name for name in node.operands if name in gone]
+    if not data and not any(name in gone for name in node.after):
+        return node
+    operands = tuple(gone[name][0] if name in gone else name for name in node.operands)
+    waits = (gone[name][1:] for name in data)
+    order = (gone.get(name, (name,)) for name in node.after)
+    return node.replace(operands=operands, after=merge(*order, *waits))
+
+
+def _without(nodes: list[IRNode], idle: Collection[str]) -> list[IRNode]:
+    """The nodes but those of `idle` that nothing uses."""
+    used: set[str] = set()
+    kept = []
+    for node in reversed(nodes):
+        if node.name in used or node.name not in idle:
+            used.update(node.operands, node.after)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _with_collectives(graph: IRGraph, nodes: list[IRNode], gone: Gone) -> list[IRNode]:
+    """`nodes` with the collectives of `graph` brought up to date.
+
+    One keeps those operands that still compute; each new prefill or decode gets one.
+    """
+    sums = [node for node in graph.nodes if isinstance(node, AllReduce)]
+    if not sums:
+        return nodes
+    forwards = {node.name: node for node in nodes if isinstance(node, (Prefill, Decode))}
+    lost = dict(gone)
+    kept: dict[str, list[IRNode]] = {}
+    for node in sums:
+        if operands := tuple(name for name in node.operands if name in forwards):
+            kept.setdefault(operands[-1], []).append(_updated(node, operands, graph, forwards))
+        else:
+            lost[node.name] = merge(*(gone.get(name, (name,)) for name in node.operands))
+    names = Names(graph)
+    result: list[IRNode] = []
+    for item in nodes:
+        result += (item, *kept.get(item.name, ()))
+        if item.name in forwards and item.name not in graph.by_name:
+            result.append(collective(item, graph.target, names.fresh(f"{item.name}.sum")))
+    return [_redirect(item, lost) for item in result] if lost else result
+
+
+def _updated(
+    node: AllReduce, operands: tuple[str, ...], graph: IRGraph, forwards: Mapping[str, IRNode]
+) -> AllReduce:
+    """A collective over those operands that still compute, with their rows of now."""
+    if all(_same_rows(graph.by_name[name], forwards.get(name)) for name in node.operands):
+        return node
+    size = sum(payload(forwards[name], graph.target) for name in operands)
+    return node.replace(operands=operands, bytes=size)
+
+
+def _same_rows(old: IRNode, new: IRNode | None) -> bool:
+    if isinstance(old, Prefill) and isinstance(new, Prefill):
+        return old.start == new.start and old.stop == new.stop
+    return type(old) is type(new)

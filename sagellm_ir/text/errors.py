@@ -22,7 +22,6 @@ _EXPECTED = {
     "SYMBOL": "a name such as @r0",
     "RBRACE": _BODY,
     "LBRACE": "'{'",
-    "SPAN": "a span such as @r0[0:16]",
     "OPERANDS": "operands such as (%p)",
     "ATTRS": "attributes such as {step = 3}",
     "AFTER": "'after %p'",
@@ -47,13 +46,17 @@ _PIECES: dict[str, tuple[tuple[str, str], ...]] = {
     "{": (
         (r"\{\s*[A-Za-z_]\w*", "an attribute's name"),
         (r"\s*=", "'=' after the attribute's name"),
-        (r"[^{}\n]*\}", "'}' on the same line"),
+        (r'[^{}"\n]*(?:"(?:[^"\\\n]|\\.)*"[^{}"\n]*)*\}', "'}' on the same line"),
     ),
     "[": ((r"\[[^\]\n]*\]", "']' on the same line"),),
     ":": ((r":\s*[a-z_]+", "a type such as 'kv<16>' after ':'"), (r"<[^>\n]*>", "'>'")),
     "a": ((r"after\b", _BODY), (rf"\s*%{_NAME}", "a name such as %p after 'after'")),
 }
 """How what starts with a character goes on, piece by piece: finds the piece that is wrong."""
+
+
+_OPENED = {"(": "OPERANDS", "{": "ATTRS", "[": "LIST", ":": "TYPE", "%": "RESULT", "a": "AFTER"}
+"""The terminal that starts with each character."""
 
 
 class Fault(Exception):
@@ -67,37 +70,35 @@ class Fault(Exception):
 def fault_of(error: UnexpectedInput, text: str) -> Fault:
     """What a Lark error means for whoever wrote the text."""
     if isinstance(error, UnexpectedCharacters):
-        return _wrong_characters(error.pos_in_stream or 0, error.allowed, text)
+        return _unexpected(error.pos_in_stream or 0, error.allowed, text)
     if isinstance(error, UnexpectedToken) and error.token.type != "$END":
-        word = error.token.strip()
-        message = f"unexpected {word!r}: expected {_expectation(error.expected)}"
-        return Fault(error.token.start_pos or 0, message, width=max(1, len(word)))
+        return _unexpected(error.token.start_pos or 0, error.expected, text)
     expected = _expectation(getattr(error, "expected", ()))
     return Fault(len(text.rstrip()), f"the text ends where {expected} was expected")
 
 
-def _wrong_characters(at: int, allowed: set[str], text: str) -> Fault:
-    start = text[at]
-    opened = {"(": "OPERANDS", "{": "ATTRS", "[": "LIST", ":": "TYPE", "%": "RBRACE", "a": "AFTER"}
-    fits = start == "@" or opened.get(start) in allowed
-    for pattern, wanted in _PIECES[start] if fits and start in _PIECES else ():
-        found = re.compile(pattern).match(text, at)
+def _unexpected(at: int, allowed: Iterable[str], text: str) -> Fault:
+    allowed = set(allowed)
+    start, end = text[at], at
+    fits = start == "@" or _OPENED.get(start) in allowed
+    for pattern, wanted in _PIECES.get(start, ()) if fits else ():
+        found = re.compile(pattern).match(text, end)
         if not found:
-            rest = re.compile(r"[ \t]*").match(text, at)
-            at = rest.end() if rest else at
-            return Fault(at, f"expected {wanted}{_found(text, at)}")
-        at = found.end()
+            while text[end : end + 1] in (" ", "\t"):
+                end += 1
+            return Fault(end, f"expected {wanted}{_found(text, end)}")
+        end = found.end()
     return Fault(at, f"expected {_expectation(allowed)}{_found(text, at)}")
 
 
 def _found(text: str, at: int) -> str:
-    word = re.compile(r"[\w.\-]+|[^\s]").match(text, at)
+    word = re.compile(r"[\w.\-]+|\S").match(text, at)
     return f", found {word.group()[:40]!r}" if word else ", found the end of the line"
 
 
 def _expectation(terminals: Iterable[str]) -> str:
     names = sorted({_EXPECTED[name] for name in terminals if name in _EXPECTED}, key=len)
-    return " or ".join(names) or "something else"
+    return " or ".join(names)
 
 
 def diagnose(fault: Fault, text: str, filename: str) -> Diagnostic:

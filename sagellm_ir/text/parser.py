@@ -38,11 +38,12 @@ _DECLARATIONS: dict[str, type] = {
 }
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
 _NAME = rf"(?:([A-Za-z0-9_.\-]+)|({_STRING}))"
-_RESULT = re.compile(rf"%{_NAME}[ \t]*=[ \t]*(\w+)")
+_RESULT = re.compile(rf"%{_NAME}[ \t]*=[ \t]*(\w+)[ \t]*(?:@{_NAME}[ \t]*(\[.*))?")
 _SYMBOL = re.compile(rf"@{_NAME}[ \t]*")
-_SPAN = re.compile(rf"@{_NAME}[ \t]*\[[ \t]*(\d{{1,18}})[ \t]*:[ \t]*(\d{{1,18}})[ \t]*\]")
+_SPAN = re.compile(r"\[[ \t]*(\d{1,18})[ \t]*:[ \t]*(\d{1,18})[ \t]*\]")
 _ONE_OPERAND = re.compile(r"\(%([A-Za-z0-9_.\-]+)\)[ \t]*")
 _VALUE_NAME = re.compile(rf"[ \t]*%{_NAME}[ \t]*(,|\)|$)")
+_A_NAME = re.compile(rf"[ \t]*%{_NAME}")
 _PAIR = re.compile(
     rf"[ \t]*([A-Za-z_]\w*)[ \t]*=[ \t]*({_STRING}|\[[^\]\n]*\]|[^\s,\[\]{{}}\"]+)[ \t]*(,|\}})"
 )
@@ -109,10 +110,20 @@ def _check_version(text: str) -> None:
 
 
 class _Node(NamedTuple):
-    result: Token
-    cls: type[IRNode]
-    fields: dict[str, Any]
-    type: Token | None
+    """A node but for its attributes. Holds plain values: many tokens would burden the collector."""
+
+    line: int
+    column: int
+    kind: str
+    kind_at: int
+    span: tuple[str, int, int] | None
+    name: str
+    operands: tuple[str, ...]
+    after: tuple[str, ...]
+    block: str
+    block_at: int
+    type: str
+    type_at: int
 
 
 class _Declaration(NamedTuple):
@@ -140,49 +151,32 @@ class _Lines(Transformer[Token, Any]):
         return _Steps(*parts)
 
     def node(self, parts: list[Any]) -> _Node:
-        result, span, operands, block, after, type_token = parts
+        result, operands, block, after, type_token = parts
+        at = _at(result)
         found = _RESULT.match(result)
         assert found, "the grammar's RESULT and _RESULT agree"
-        bare, quoted, kind = found.groups()
-        cls: type[IRNode] | None = KINDS.get(kind)
-        if cls is None:
-            raise Fault(
-                _at(result) + found.start(3),
-                f"unknown node kind {kind!r}",
-                width=len(kind),
-                help=suggest(kind, KINDS),
-            )
-        fields: dict[str, Any] = dict(_node_attributes(cls, block)) if block else {}
-        fields["name"] = bare or _unquote(quoted, _at(result) + 1)
-        if issubclass(cls, KVNode):
-            _read_span(fields, kind, span, result)
-        elif span:
-            raise Fault(_at(span), f"a {kind} has no span", width=len(span.rstrip()))
-        if operands:
-            fields["operands"] = _value_names(operands, 1)
-        if after:
-            fields["after"] = _value_names(after, 5)
-        return _Node(result, cls, fields, type_token)
-
-
-def _read_span(fields: dict[str, Any], kind: str, span: Token | None, result: Token) -> None:
-    if span is None:
-        raise Fault(
-            _at(result) + len(result.rstrip()),
-            f"expected the span of tokens that this {kind} covers, such as @r0[0:16]",
+        bare, quoted, kind, request, quoted_request, span = cast("tuple[Any, ...]", found.groups())
+        if span:
+            numbers = _SPAN.match(span)
+            if not numbers:
+                width = len(span.rstrip())
+                raise Fault(at + found.start(6), "expected two integers as in [0:16]", width=width)
+            request = request or _unquote(quoted_request, at + found.start(5))
+            span = (request, int(numbers[1]), int(numbers[2]))
+        return _Node(
+            result.line,
+            result.column,
+            kind,
+            at + found.start(3),
+            span,
+            bare or _unquote(quoted, at + 1),
+            _value_names(operands, 1) if operands else (),
+            _value_names(after, 5) if after else (),
+            str(block) if block else "",
+            _at(block) if block else 0,
+            type_token[1:].strip() if type_token else "",
+            _at(type_token) + type_token.index(type_token[1:].strip()) if type_token else 0,
         )
-    found = _SPAN.match(span)
-    if not found:
-        bracket = span.index("[")
-        raise Fault(
-            _at(span) + bracket,
-            "expected a span of two integers such as [0:16]",
-            width=len(span.rstrip()) - bracket,
-        )
-    bare, quoted, start, stop = found.groups()
-    fields["request"] = bare or _unquote(quoted, _at(span) + 1)
-    fields["start"] = int(start)
-    fields["stop"] = int(stop)
 
 
 def _value_names(token: Token, at: int) -> tuple[str, ...]:
@@ -195,12 +189,21 @@ def _value_names(token: Token, at: int) -> tuple[str, ...]:
     while more == ",":
         found = _VALUE_NAME.match(token, at)
         if not found:
-            at += len(token[at:]) - len(token[at:].lstrip())
-            raise Fault(_at(token) + at, "expected a value such as %p, then ',' or ')'")
+            name = _A_NAME.match(token, at)
+            wanted = "',' or ')'" if name else "a value such as %p"
+            raise Fault(
+                _at(token) + _past_blanks(token, name.end() if name else at), f"expected {wanted}"
+            )
         bare, quoted, more = found.groups()
         names.append(bare or _unquote(quoted, _at(token) + at))
         at = found.end()
     return tuple(names)
+
+
+def _past_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t"):
+        at += 1
+    return at
 
 
 def _unquote(quoted: str, at: int) -> str:
@@ -208,14 +211,6 @@ def _unquote(quoted: str, at: int) -> str:
         return str(json.loads(quoted))
     except ValueError as error:
         raise Fault(at, f"not a valid string: {error}", width=len(quoted)) from None
-
-
-def _node_attributes(cls: type, block: Token) -> Mapping[str, Any]:
-    try:
-        return _cached_attributes(cls, str(block))
-    except Fault as fault:
-        fault.at += _at(block)
-        raise
 
 
 @lru_cache(maxsize=4096)
@@ -238,8 +233,7 @@ def _attributes(cls: type, block: str) -> dict[str, Any]:
     while more == ",":
         pair = _PAIR.match(block, at)
         if not pair:
-            at += len(block[at:]) - len(block[at:].lstrip())
-            raise Fault(at, "expected 'name = value', then ',' or '}'")
+            raise Fault(_past_blanks(block, at), "expected 'name = value', then ',' or '}'")
         key, value, more = pair.groups()
         attribute = known.get(key)
         if attribute is None:
@@ -294,8 +288,9 @@ def _ints(text: str, at: int) -> tuple[int, ...]:
     while more == ",":
         found = _RANGE.match(text, offset)
         if not found:
-            offset += len(text[offset:]) - len(text[offset:].lstrip())
-            raise Fault(at + offset, "expected an integer or a range such as 0:33")
+            raise Fault(
+                at + _past_blanks(text, offset), "expected an integer or a range such as 0:33"
+            )
         first, stop, more = found.groups()
         if stop is None:
             values.append(int(first))
@@ -356,19 +351,34 @@ class _Builder:
         )
 
     def _node(self, line: _Node) -> IRNode:
-        result, cls, fields, written = line
-        loc = Location(self.filename, result.line or 0, result.column or 0)
-        node = _construct(cls, result, fields | {"loc": loc})
-        if written is not None:
-            shown = written[1:].strip()
-            if shown != node.type:
-                at = _at(written)
-                raise Fault(
-                    at + written.index(shown),
-                    f"expected the type {node.type} here, found {shown}",
-                    width=len(shown),
-                    help=f"the result of this {node.kind} has the type {node.type}",
-                )
+        cls: Any = KINDS.get(line.kind)
+        if cls is None:
+            raise _wrong_kind(line, f"unknown node kind {line.kind!r}", suggest(line.kind, KINDS))
+        if (line.span is not None) != issubclass(cls, KVNode):
+            wanted = "has no span" if line.span else "covers a span of tokens, such as @r0[0:16]"
+            raise _wrong_kind(line, f"{line.kind} {wanted}")
+        try:
+            attributes = _cached_attributes(cls, line.block) if line.block else {}
+            node: IRNode = cls(
+                line.name,
+                *(line.span or ()),
+                operands=line.operands,
+                after=line.after,
+                loc=Location(self.filename, line.line, line.column),
+                **attributes,
+            )
+        except Fault as fault:
+            fault.at += line.block_at
+            raise
+        except ValueError as error:
+            raise _wrong_kind(line, str(error)) from None
+        if line.type and line.type != node.type:
+            raise Fault(
+                line.type_at,
+                f"expected the type {node.type} here, found {line.type}",
+                width=len(line.type),
+                help=f"the result of this {node.kind} has the type {node.type}",
+            )
         return node
 
     def _declaration(self, line: _Declaration) -> None:
@@ -446,6 +456,10 @@ def _symbol(token: Token) -> str:
     found = _SYMBOL.match(token)
     assert found, "the grammar's SYMBOL and _SYMBOL agree"
     return found[1] or _unquote(found[2], _at(token) + 1)
+
+
+def _wrong_kind(line: _Node, message: str, help: str = "") -> Fault:
+    return Fault(line.kind_at, message, width=len(line.kind), help=help)
 
 
 def _construct(cls: type[Class], where: Token, fields: dict[str, Any]) -> Class:

@@ -11,7 +11,13 @@ import attrs
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import IRNode, KVNode
 from sagellm_ir.target import Target
-from sagellm_ir.text.syntax import TEXT_VERSION, attributes_of, format_name, format_value
+from sagellm_ir.text.syntax import (
+    TEXT_VERSION,
+    are_simple,
+    attributes_of,
+    format_name,
+    format_value,
+)
 
 __all__ = ["node_text", "print_graph"]
 
@@ -22,6 +28,11 @@ class _Names(dict[str, str]):
     def __missing__(self, name: str) -> str:
         self[name] = text = format_name(name)
         return text
+
+
+def _names_of(graph: IRGraph) -> _Names:
+    names = [node.name for node in graph.nodes] + [request.id for request in graph.requests]
+    return _Names(zip(names, names, strict=True) if are_simple(names) else ())
 
 
 def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -10,12 +11,20 @@ import attrs
 
 from sagellm_ir.nodes import IRNode, KVNode
 
-__all__ = ["TEXT_VERSION", "Attribute", "attributes_of", "format_name", "format_value"]
+__all__ = [
+    "TEXT_VERSION",
+    "Attribute",
+    "are_simple",
+    "attributes_of",
+    "format_name",
+    "format_value",
+]
 
 TEXT_VERSION = 1
 """The version the first line of a text names."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+_NAMES = re.compile(rf"(?:{_NAME.pattern}\n)*{_NAME.pattern}")
 _BARE = re.compile(r"(?!(?:true|false|none|inf|nan)$)[A-Za-z_][A-Za-z0-9_.\-]*")
 _SCHEDULE = ("step", "until", "worker")
 """What a schedule adds to a node: printed last, in this order."""
@@ -81,6 +90,11 @@ def _type_of(annotation: Any) -> tuple[str | None, bool]:
 def format_name(name: str) -> str:
     """A name as it stands after `%` or `@`: quoted unless it is simple."""
     return name if _NAME.fullmatch(name) else json.dumps(name)
+
+
+def are_simple(names: Iterable[str]) -> bool:
+    """Whether no name needs quotes: one look at all, since nearly all names are simple."""
+    return _NAMES.fullmatch("\n".join(names)) is not None
 
 
 def format_value(value: Any, type_name: str) -> str:

@@ -15,23 +15,17 @@ __all__ = ["LAWS"]
 def equal_blocks(c: Columns) -> Iterator[Finding]:
     """KV of another request is read only where the blocks of both are equal, in one namespace.
 
-    Only full blocks have ids, so only they are shared. By induction along the prefix chain this
+    Only full blocks have ids, so only they are shared. An id stands for everything before it (law
+    `chained_blocks`), so the last shared one tells; and by induction along the prefix chain this
     holds for all ancestors: what a prefix shares was checked at the prefix.
     """
-    agreed: set[tuple[int, int, int]] = set()
     for operand, until in ((c.prefix, c.start), (c.source, c.stop)):
         there = np.flatnonzero(operand != NONE)
-        other = c.request[operand[there]]
-        shared = there[c.request[there] != other]
-        mine, others = c.request[shared].tolist(), c.request[operand[shared]].tolist()
-        keys = zip(mine, others, until[shared].tolist(), strict=True)
-        for i, key in zip(shared.tolist(), keys, strict=True):
-            if key in agreed:
-                continue
-            if why := _disagreement(c, *key):
-                yield Finding(f"%{c.names[i]} shares %{c.names[operand[i]]}, but {why}", i)
-            else:
-                agreed.add(key)
+        shared = there[c.request[there] != c.request[operand[there]]]
+        pairs = zip(shared.tolist(), operand[shared].tolist(), strict=True)
+        for i, j in pairs:
+            if why := _disagreement(c, int(c.request[i]), int(c.request[j]), int(until[i])):
+                yield Finding(f"%{c.names[i]} shares %{c.names[j]}, but {why}", i)
 
 
 def _disagreement(c: Columns, one: int, two: int, tokens: int) -> str:
@@ -42,10 +36,10 @@ def _disagreement(c: Columns, one: int, two: int, tokens: int) -> str:
     full, rest = divmod(tokens, c.graph.target.block_size)
     if rest:
         return f"only full blocks are shared, and {tokens} is inside a block"
-    ours, theirs = mine.blocks[:full], other.blocks[:full]
-    if len(ours) < full or len(theirs) < full:
+    ours, theirs = mine.blocks, other.blocks
+    if min(len(ours), len(theirs)) < full:
         return f"the prompts of @{mine.id} and @{other.id} do not both have {full} full blocks"
-    if ours == theirs:
+    if ours[full - 1] == theirs[full - 1]:
         return ""
     at = next(k for k in range(full) if ours[k] != theirs[k])
     return f"@{mine.id} and @{other.id} differ in block {at} ({ours[at]} and {theirs[at]})"

@@ -1,0 +1,1 @@
+"""The parts of the `schedule` pass: the graph as flat arrays, the simulation, its record."""

@@ -1,0 +1,193 @@
+"""Jobs: which nodes are admitted together, what they must wait for, what KV they hold."""
+
+from attrs import define, field
+
+from sagellm_ir.passes.scheduling.problem import MOVE, Key, Problem
+
+__all__ = ["Job", "Jobs"]
+
+
+@define(eq=False)
+class Job:
+    """The part of a request's work that one worker does in one go: the unit of admission.
+
+    Its nodes are the request's own and those they build on that no job has claimed before.
+    """
+
+    request: int
+    worker: int
+    key: Key
+    nodes: list[int] = field(factory=list)
+    """In order; empty while the request waits unopened."""
+    left: int = 0
+    """Nodes that have not run, and copies to other workers that have not been made."""
+    admitted: bool = False
+
+
+class Jobs:
+    """The jobs of one simulation. Nodes, requests and workers are indexes."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.of: list[Job | None] = [None] * len(problem.kind)
+        """The job that claimed a node."""
+        self.finished = bytearray(len(problem.kind))
+        self.parked: dict[int, list[Job]] = {}
+        """Jobs by the node they wait for."""
+        self._pins = [0] * len(problem.kind)
+        self._many = len(problem.graph.target.workers) > 1
+
+    def crosses(self, node: int, user: int) -> bool:
+        """Whether an edge leads to another worker."""
+        return self.problem.worker[node] != self.problem.worker[user]
+
+    def open(self, waiting: Job) -> list[Job]:
+        """Claims for a request that waited unopened: one job for each stay on a worker."""
+        worker = self.problem.worker
+        level: dict[int, int] = {}
+        jobs: dict[tuple[int, int], Job] = {}
+        for node in self._claim(waiting.request):
+            depth = 0
+            if self._many:
+                for read in self.problem.operands[node]:
+                    if read in level:
+                        depth = max(depth, level[read] + self.crosses(read, node))
+                level[node] = depth
+            job = jobs.get((depth, worker[node]))
+            if job is None:
+                job = Job(waiting.request, worker[node], waiting.key)
+                jobs[depth, worker[node]] = job
+            self._join(job, node)
+        return list(jobs.values())
+
+    def _claim(self, request: int) -> list[int]:
+        """The request's nodes and all they build on that no job has, in order.
+
+        With a node come its copies to other workers: it has to stay until they are made, so
+        they must not wait for a request that can be admitted only after this one has left. A
+        decode without forwards comes with its prefill, as it runs in the same step.
+        """
+        problem, taken = self.problem, self.of
+        stack = [node for node in problem.owned[request] if taken[node] is None]
+        seen = set(stack)
+        for node in stack:  # grows while it is read
+            near = problem.operands[node]
+            if self._many:
+                near = near + [user for user in problem.users[node] if self.crosses(node, user)]
+            if node in problem.instant:
+                near = [*near, problem.instant[node]]
+            for other in near:
+                if taken[other] is None and other not in seen:
+                    seen.add(other)
+                    stack.append(other)
+        stack.sort()
+        return stack
+
+    def _join(self, job: Job, node: int) -> None:
+        self.of[node] = job
+        job.nodes.append(node)
+        job.left += 1
+        if self._many:
+            job.left += sum(self.crosses(node, user) for user in self.problem.users[node])
+
+    def blocker(self, job: Job) -> int | None:
+        """A node of another job that must finish first.
+
+        KV that an admitted job on the same worker is about to make is none: the job can follow
+        as soon as the value is there.
+        """
+        problem, finished = self.problem, self.finished
+        for node in job.nodes:
+            for wait in problem.waits[node]:
+                if not finished[wait] and self.of[wait] is not job:
+                    return wait
+            for read in problem.operands[node]:
+                maker = self.of[read]
+                if finished[read] or maker is job:
+                    continue
+                if maker is None or not maker.admitted or self.crosses(read, node):
+                    return read
+        return None
+
+    def park(self, job: Job) -> bool:
+        """Parks the job at its blocker; False when it has none and may be queued."""
+        blocker = self.blocker(job)
+        if blocker is not None:
+            self.parked.setdefault(blocker, []).append(job)
+        return blocker is not None
+
+    def finish(self, node: int) -> list[Job]:
+        """Marks a node as finished; returns the jobs that ended with it."""
+        self.finished[node] = 1
+        ended = [self.of[node]]
+        if self._many:
+            reads = self.problem.operands[node]
+            ended += [self.of[read] for read in reads if self.crosses(read, node)]
+        answer: list[Job] = []
+        for job in ended:
+            assert job is not None, "a node runs only after a job has claimed it"
+            job.left -= 1
+            if not job.left:
+                answer.append(job)
+        return answer
+
+    def scatter(self) -> list[Job]:
+        """Breaks up parked jobs that wait for each other into single nodes.
+
+        Single nodes cannot: the graph is acyclic. Empty when no job can be broken up.
+        """
+        parked = [job for jobs in self.parked.values() for job in jobs]
+        if all(len(job.nodes) == 1 for job in parked):
+            return []
+        self.parked = {}
+        singles: list[Job] = []
+        for job in parked:
+            for node in job.nodes:
+                single = Job(job.request, job.worker, job.key)
+                self._join(single, node)
+                singles.append(single)
+        return singles
+
+    def pin(self, job: Job) -> int:
+        """Counts a job in on all KV it needs on its device; returns the blocks that adds.
+
+        A needed value counts once in its prefix, so a chain is walked only as far as it was
+        not needed before.
+        """
+        pins, blocks, prefix = self._pins, self.problem.blocks, self.problem.prefix
+        added = 0
+        for node in self._held(job):
+            at = node
+            while at >= 0:
+                pins[at] += 1
+                if pins[at] > 1:
+                    break
+                added += blocks[at]
+                at = prefix[at]
+        return added
+
+    def unpin(self, job: Job) -> int:
+        """Takes `pin` back; returns the blocks that are not needed any more."""
+        pins, blocks, prefix = self._pins, self.problem.blocks, self.problem.prefix
+        freed = 0
+        for node in self._held(job):
+            at = node
+            while at >= 0:
+                pins[at] -= 1
+                if pins[at]:
+                    break
+                freed += blocks[at]
+                at = prefix[at]
+        return freed
+
+    def _held(self, job: Job) -> list[int]:
+        """The job's nodes, and what its moves copy from on its own worker."""
+        problem = self.problem
+        sources = [
+            read
+            for node in job.nodes
+            if problem.kind[node] == MOVE
+            for read in problem.operands[node]
+            if not self.crosses(read, node)
+        ]
+        return job.nodes + sources if sources else job.nodes

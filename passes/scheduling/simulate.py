@@ -1,0 +1,516 @@
+"""Continuous batching in virtual time: the list scheduler behind the `schedule` pass.
+
+Every step runs the decodes that are under way and fills the rest of its token budget with
+prefills ("stall-free batching": A. Agrawal et al., "Sarathi-Serve", arXiv 2403.02310). A request
+is admitted when its whole KV span, its answer included, fits beside those that run; so no step
+ever needs more device blocks than there are, and `evict` always has a way out.
+
+Everything is driven by events: a step costs what changes in it, not what waits or runs.
+"""
+
+import math
+from heapq import heappop, heappush
+
+from attrs import define, field
+
+from sagellm_ir.cost import CostModel
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.passes.scheduling.jobs import Job, Jobs
+from sagellm_ir.passes.scheduling.problem import MOVE, PREFILL, Key, Problem
+from sagellm_ir.passes.scheduling.timeline import Limit, Piece, Timeline
+from sagellm_ir.target import DEVICE
+
+__all__ = ["simulate"]
+
+LOOKAHEAD = 4
+"""Prefills that may be passed over in a step because they do not fit, at most."""
+
+INTERRUPTION = 4
+"""Decode rows that one new or ended job may interrupt, on a target that does not mix steps."""
+
+
+@define(eq=False)
+class WorkerState:
+    """One worker at one moment of virtual time."""
+
+    now: float = 0.0
+    forwards: int = 0
+    """Forwards that its decodes have run: each row advances by one in each."""
+    running: list[tuple[int, int]] = field(factory=list)
+    """Heap of decode rows: the value of `forwards` at which a row ends, its node."""
+    context: int = 0
+    """KV tokens that the decode rows attend to, summed."""
+    ready: list[tuple[Key, int]] = field(factory=list)
+    """Heap of prefills whose operands are there."""
+    moves: list[int] = field(factory=list)
+    """Moves to make in the next step."""
+    decodes: list[int] = field(factory=list)
+    """Decodes to start in the next step that runs decodes."""
+    queue: list[tuple[Key, int, Job]] = field(factory=list)
+    """Heap of jobs that wait for admission; the number makes entries comparable."""
+    inbox: list[tuple[float, Key, int, Job]] = field(factory=list)
+    """Heap of jobs that join the queue at a later time."""
+    pinned: int = 0
+    """Device blocks that admitted jobs hold or will grow to."""
+    active: int = 0
+    """Admitted jobs that have not ended."""
+    changes: int = 0
+    """Jobs that came or ended since the last prefill."""
+    paused: bool = False
+    """Whether its decode rows wait for prefills to end (on a target that does not mix them)."""
+    last: int = -1
+    """The last step that ran decodes."""
+    stuck: Limit | None = None
+    """Why the head of the queue was refused: stands until a job ends or another is the head."""
+    # of the step being made:
+    open: bool = False
+    """Whether moves and decodes may still be added."""
+    decoding: bool = False
+    """Whether decode rows run in it."""
+    room: int = 0
+    """Rows still free."""
+    seats: int = 0
+    """Sequences still free."""
+    done: list[int] = field(factory=list)
+    """Nodes that finish with the step."""
+    rows: int = 0
+    """Prefill rows."""
+    pairs: int = 0
+    """Query-key pairs of the prefills."""
+    reads: int = 0
+    """KV tokens that the prefills read."""
+    logits: int = 0
+    """Prefills that end a prompt."""
+    transfer: float = 0.0
+    """Seconds of the moves."""
+
+
+def simulate(problem: Problem, arrivals: bool, fill: bool) -> Timeline:
+    """Assigns every node a step.
+
+    Args:
+        problem: the graph.
+        arrivals: whether a request can start only after its arrival time.
+        fill: whether a prefill may be cut where a step is full.
+
+    Raises:
+        SageIRError: a request or a prefill is larger than the target's budgets.
+    """
+    return _Simulation(problem, arrivals, fill).run()
+
+
+class _Simulation:
+    """State of one run. Nodes, requests and workers are indexes."""
+
+    def __init__(self, problem: Problem, arrivals: bool, fill: bool) -> None:
+        target = problem.graph.target
+        self.problem = problem
+        self.target = target
+        self.cost = CostModel(target)
+        tier = target.tier(DEVICE)
+        self.capacity = tier.blocks if tier else 0
+        self.max_rows = min(target.max_batch, target.max_tokens)
+        self.missing = [
+            len(reads) + len(waits)
+            for reads, waits in zip(problem.operands, problem.waits, strict=True)
+        ]
+        count, requests = len(problem.kind), len(problem.keys)
+        self.fill = fill
+        self.jobs = Jobs(problem)
+        self.start = problem.start.copy()
+        """Tokens of each prefill that are done, and those before it."""
+        self.size = problem.size.copy()
+        """Rows of each prefill that are left; forwards of each decode."""
+        self.timeline = Timeline([-1] * count, [-1] * count, *([-1] * requests for _ in range(4)))
+        self.seated = [-1] * requests
+        """By request: the last step in which it had a seat."""
+        self.workers = [WorkerState() for _ in target.workers]
+        self.posted = 0
+        if not fill:
+            self._check_sizes()
+        for i, owned in enumerate(problem.owned):
+            if owned:
+                arrival = problem.graph.requests[i].arrival if arrivals else 0.0
+                self._post(Job(i, problem.worker[owned[0]], problem.keys[i]), arrival)
+
+    def _check_sizes(self) -> None:
+        most = self.target.max_tokens
+        for i, kind in enumerate(self.problem.kind):
+            if kind == PREFILL and self.size[i] > most:
+                node = self.problem.graph.nodes[i]
+                raise SageIRError(
+                    Diagnostic(
+                        f"%{node.name} prefills {self.size[i]} tokens, but a step of target "
+                        f"{self.target.name!r} has room for {most}",
+                        loc=node.loc,
+                        help="run chunk-prefill before schedule, or use schedule{fill=true}",
+                    )
+                )
+
+    def run(self) -> Timeline:
+        """Makes steps, of the worker that is first in virtual time, until all nodes have run."""
+        while True:
+            times = [self._next_time(state) for state in self.workers]
+            now = min(times)
+            if now < math.inf:
+                state = self.workers[times.index(now)]
+                state.now = now
+                if state.inbox:
+                    self._receive(state)
+                self._step(times.index(now), state)
+            elif singles := self.jobs.scatter():
+                for job in singles:
+                    self._route(job, max(state.now for state in self.workers))
+            else:
+                break
+        self._check_complete()
+        if len(self.workers) > 1:
+            self.timeline.gather()
+        return self.timeline
+
+    def _next_time(self, state: WorkerState) -> float:
+        if state.running or state.decodes or state.ready or state.moves:
+            return state.now
+        if state.queue and state.stuck is None:
+            return state.now
+        return max(state.now, state.inbox[0][0]) if state.inbox else math.inf
+
+    # --- admission ---
+
+    def _post(self, job: Job, time: float) -> None:
+        self.posted += 1
+        heappush(self.workers[job.worker].inbox, (time, job.key, self.posted, job))
+
+    def _route(self, job: Job, time: float) -> None:
+        if not self.jobs.park(job):
+            self._post(job, time)
+
+    def _receive(self, state: WorkerState) -> None:
+        """Moves what has come by now from the inbox to the queue."""
+        head = state.queue[0] if state.queue else None
+        ready = self.timeline.ready
+        while state.inbox and state.inbox[0][0] <= state.now:
+            _, key, number, job = heappop(state.inbox)
+            heappush(state.queue, (key, number, job))
+            state.changes += 1
+            if ready[job.request] < 0:
+                ready[job.request] = len(self.timeline.loops)
+            self.timeline.queued[job.request] = len(self.timeline.loops)
+        if state.queue and state.queue[0] is not head:
+            state.stuck = None
+
+    def _admit(self, state: WorkerState) -> None:
+        """Takes the head of the queue in, or says in `state.stuck` why not."""
+        _, _, job = state.queue[0]
+        if not job.nodes:
+            heappop(state.queue)
+            self.timeline.opened[job.request] = len(self.timeline.loops)
+            for part in self.jobs.open(job):
+                self._route(part, state.now)
+            self._receive(state)
+            return
+        if state.active >= self.max_rows:
+            state.stuck = Limit.BATCH
+            return
+        needed = self.jobs.pin(job)
+        if state.pinned + needed > self.capacity:
+            self.jobs.unpin(job)
+            state.stuck = Limit.KV
+            if not state.pinned:
+                raise self._too_big(job, needed)
+            return
+        heappop(state.queue)
+        state.pinned += needed
+        state.active += 1
+        job.admitted = True
+        if self.timeline.admitted[job.request] < 0:
+            self.timeline.admitted[job.request] = len(self.timeline.loops)
+        for node in job.nodes:
+            if not self.missing[node] and self.timeline.step[node] < 0:
+                self._ready(state, node)
+
+    def _too_big(self, job: Job, needed: int) -> SageIRError:
+        request = self.problem.graph.requests[job.request]
+        return SageIRError(
+            Diagnostic(
+                f"request @{request.id} needs {needed} KV blocks at once, but the device tier of "
+                f"target {self.target.name!r} has {self.capacity}",
+                loc=request.loc,
+                help="raise the tier's blocks, or lower max_new or the length of the prompt",
+            )
+        )
+
+    def _check_complete(self) -> None:
+        """Workers that wait for each other's memory stop before all nodes have run."""
+        for state in self.workers:
+            if state.queue:
+                request = self.problem.graph.requests[state.queue[0][2].request]
+                raise SageIRError(
+                    Diagnostic(
+                        f"the KV of request @{request.id} finds no room: workers wait for each "
+                        f"other's device tiers to empty",
+                        loc=request.loc,
+                        help="raise the device tier's blocks, or place sharing requests together",
+                    )
+                )
+        assert all(self.jobs.of[node] for owned in self.problem.owned for node in owned)
+
+    # --- one step ---
+
+    def _step(self, index: int, state: WorkerState) -> None:
+        """Runs one step; leaves no trace when there was nothing to do."""
+        mixed, rows = self.target.mixed, len(state.running)
+        state.rows = state.pairs = state.reads = state.logits = 0
+        state.transfer = 0.0
+        state.open, state.decoding = True, mixed
+        self._make_room(state, rows if mixed else 0)
+        moves, state.moves = state.moves, []
+        for node in moves:
+            self._move(state, node)
+        if mixed:
+            self._start_decodes(state)
+        # An interruption cuts every row in two, so it has to be worth it: at most so many pieces
+        # come of it as jobs came or went since the last one, times a constant.
+        passed = False
+        if mixed or state.paused or not rows or INTERRUPTION * state.changes >= rows:
+            passed = self._fill(state)
+        limit = self._limit(state, passed)
+        if not mixed:
+            if state.rows:
+                state.changes = 0
+                self._pause(state)
+            else:
+                state.decoding = True
+                self._resume(state)
+                self._make_room(state, rows)
+                self._start_decodes(state)
+        state.open = False
+        if state.done or state.rows or (state.running and state.decoding):
+            self._advance(index, state, limit)
+
+    def _make_room(self, state: WorkerState, rows: int) -> None:
+        state.room = self.target.max_tokens - rows
+        state.seats = self.target.max_batch - rows
+
+    def _pause(self, state: WorkerState) -> None:
+        """Cuts the rows under way: on this target a step with a prefill runs no decode."""
+        if state.paused or not state.running:
+            return
+        state.paused = True
+        for end, node in state.running:
+            stop = self.problem.stop[node] - (end - state.forwards)
+            began = self.timeline.step[node]
+            self.timeline.pieces.setdefault(node, []).append(Piece(stop, began, state.last))
+
+    def _resume(self, state: WorkerState) -> None:
+        """Lets cut rows go on."""
+        if state.paused:
+            state.paused = False
+            for _, node in sorted(state.running):
+                self._place(node)
+
+    def _limit(self, state: WorkerState, passed: bool) -> tuple[Limit | None, int]:
+        """What kept more work out of the step, and whose work that is."""
+        if state.ready and (passed or state.room <= 0 or state.seats <= 0):
+            why = Limit.BATCH if state.seats <= 0 and not passed else Limit.TOKENS
+            return why, state.ready[0][0][-1]
+        if state.queue:
+            return state.stuck or Limit.TOKENS, state.queue[0][2].request
+        return None, -1
+
+    def _ready(self, state: WorkerState, node: int) -> None:
+        """A node whose operands are there and whose order edges are met."""
+        problem = self.problem
+        kind = problem.kind[node]
+        if kind == PREFILL:
+            job = self.jobs.of[node]
+            assert job is not None
+            heappush(state.ready, (job.key, node))
+        elif kind == MOVE:
+            if state.open and self._settled(node):
+                self._move(state, node)
+            else:
+                state.moves.append(node)
+        elif not self.size[node]:
+            self._run_instant(state, node)
+        elif not (state.open and self._settled(node) and self._start(state, node)):
+            state.decodes.append(node)
+
+    def _settled(self, node: int) -> bool:
+        """Whether no operand is made by the forward of this very step."""
+        problem, finished = self.problem, self.jobs.finished
+        return all(finished[read] or problem.kind[read] == MOVE for read in problem.operands[node])
+
+    def _place(self, node: int) -> None:
+        self.timeline.step[node] = len(self.timeline.loops)
+        self.timeline.issued.append(node)
+        self.timeline.places.append(self.timeline.step[node])
+
+    def _release(self, state: WorkerState, node: int) -> None:
+        """The value is there: users on this worker that waited only for it are ready."""
+        jobs, missing = self.jobs, self.missing
+        for user in self.problem.users[node]:
+            if not jobs.crosses(node, user):
+                missing[user] -= 1
+                if not missing[user]:
+                    maker = jobs.of[user]
+                    if maker is not None and maker.admitted:
+                        self._ready(state, user)
+
+    def _move(self, state: WorkerState, node: int) -> None:
+        self._place(node)
+        state.done.append(node)
+        state.transfer += self.problem.transfer(node, self.cost)
+        self._release(state, node)
+
+    def _run_instant(self, state: WorkerState, node: int) -> None:
+        """A decode without forwards: its token comes out of the prefill it follows."""
+        timeline, prefix = self.timeline, self.problem.prefix[node]
+        timeline.until[node] = timeline.step[node] = timeline.step[prefix]
+        timeline.issued.append(node)
+        timeline.places.append(timeline.step[node])
+        state.done.append(node)
+        self._release(state, node)
+
+    def _start(self, state: WorkerState, node: int) -> bool:
+        """Lets a decode run from this step on; False when the step has no row for it."""
+        if not state.decoding or state.room <= 0 or state.seats <= 0:
+            return False
+        state.room -= 1
+        state.seats -= 1
+        self._place(node)
+        heappush(state.running, (state.forwards + self.size[node], node))
+        state.context += self.problem.start[node]
+        return True
+
+    def _start_decodes(self, state: WorkerState) -> None:
+        waiting, state.decodes = state.decodes, []
+        state.decodes = [node for node in waiting if not self._start(state, node)]
+
+    def _fill(self, state: WorkerState) -> bool:
+        """Issues prefills and admits jobs while the step has room; True if any did not fit."""
+        ready, queue = state.ready, state.queue
+        passed: list[tuple[Key, int]] = []
+        while state.room > 0 and len(passed) < LOOKAHEAD:
+            if queue and state.stuck is None and not (ready and ready[0][0] < queue[0][0]):
+                self._admit(state)
+                continue
+            if not ready:
+                break
+            entry = heappop(ready)
+            rows = self._rows(state, entry[1])
+            if rows and self._take_seat(state, entry[1]):
+                if not self._prefill(state, entry[1], rows):
+                    passed.append(entry)
+                    break
+                continue
+            passed.append(entry)
+            # passing over is fair only to what fits in the next step, whatever starts until then
+            if self.size[entry[1]] > self.target.max_tokens - self.max_rows:
+                break
+        for entry in passed:
+            heappush(ready, entry)
+        return bool(passed)
+
+    def _rows(self, state: WorkerState, node: int) -> int:
+        """How many rows of a prefill to run now: all that are left, a part, or none."""
+        size, start, block = self.size[node], self.start[node], self.target.block_size
+        if size <= state.room:
+            return size
+        if not self.fill:
+            return 0
+        aligned = (start + state.room) // block * block - start
+        if aligned > 0:
+            return aligned
+        return state.room if block > self.target.max_tokens - self.max_rows else 0
+
+    def _take_seat(self, state: WorkerState, node: int) -> bool:
+        """A sequence has one seat in a step, however many of its prefills run in it."""
+        owner = self.problem.owner[node]
+        if self.seated[owner] != len(self.timeline.loops):
+            if state.seats <= 0:
+                return False
+            state.seats -= 1
+            self.seated[owner] = len(self.timeline.loops)
+        return True
+
+    def _prefill(self, state: WorkerState, node: int, rows: int) -> bool:
+        """Runs rows of a prefill; False when some are left."""
+        start = self.start[node]
+        state.room -= rows
+        state.rows += rows
+        state.pairs += rows * (2 * start + rows + 1) // 2
+        state.reads += start
+        self._place(node)
+        if rows < self.size[node]:
+            step = len(self.timeline.loops)
+            piece = Piece(start + rows, step, step)
+            self.timeline.pieces.setdefault(node, []).append(piece)
+            self.start[node] += rows
+            self.size[node] -= rows
+            return False
+        state.logits += self.problem.ends[node]
+        state.done.append(node)
+        self._release(state, node)
+        return True
+
+    def _advance(self, index: int, state: WorkerState, limit: tuple[Limit | None, int]) -> None:
+        """Runs the forwards, records the step, and draws the consequences."""
+        timeline, rows = self.timeline, len(state.running) if state.decoding else 0
+        loops, cost = self._price(state, rows)
+        timeline.loops.append(loops)
+        timeline.worker.append(index)
+        timeline.start.append(state.now)
+        timeline.cost.append(cost)
+        timeline.limit.append(limit[0])
+        timeline.head.append(limit[1])
+        state.now += cost
+        if rows:
+            state.last = len(timeline.loops) - 1
+            state.forwards += loops
+            state.context += rows * loops
+            while state.running and state.running[0][0] <= state.forwards:
+                _, node = heappop(state.running)
+                timeline.until[node] = len(timeline.loops) - 1
+                state.context -= self.problem.start[node] + self.problem.size[node]
+                state.done.append(node)
+                self._release(state, node)
+        done, state.done = state.done, []
+        for node in done:
+            self._finish(state, node)
+        self._receive(state)
+
+    def _price(self, state: WorkerState, rows: int) -> tuple[int, float]:
+        """Forwards of the step and its seconds."""
+        if not rows and not state.rows:
+            return 0, state.transfer
+        read = min(state.context, state.pinned * self.target.block_size) + state.reads
+        loops = 1
+        if not state.rows:
+            loops = min(state.running[0][0] - state.forwards, self.target.max_loops)
+            once = self.cost.forward(rows, state.context + rows, read, rows)
+            if state.inbox:  # a coming request should not wait for a long step
+                loops = min(loops, max(1, math.ceil((state.inbox[0][0] - state.now) / once)))
+        # attention grows by a key a row in each forward: price the one in the middle
+        pairs = state.pairs + (state.context if rows else 0) + rows * (loops + 1) // 2
+        tokens, logits = rows + state.rows, rows + state.logits
+        return loops, state.transfer + loops * self.cost.forward(tokens, pairs, read, logits)
+
+    def _finish(self, state: WorkerState, node: int) -> None:
+        """The step of a node is over: its job may end, and what waited for it may go on."""
+        for job in self.jobs.finish(node):
+            home = self.workers[job.worker]
+            home.pinned -= self.jobs.unpin(job)
+            home.active -= 1
+            home.changes += 1
+            home.stuck = None
+        if len(self.workers) > 1:
+            for user in self.problem.users[node]:
+                self.missing[user] -= self.jobs.crosses(node, user)
+        for follower in self.problem.followers.get(node, ()):
+            self.missing[follower] -= 1
+            maker = self.jobs.of[follower]
+            if not self.missing[follower] and maker is not None and maker.admitted:
+                self._ready(self.workers[maker.worker], follower)
+        for job in self.jobs.parked.pop(node, ()):
+            self._route(job, state.now)

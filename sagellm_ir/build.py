@@ -25,11 +25,11 @@ _ODD = re.compile(r"[^A-Za-z0-9_.\-]")
 class Tokenizer(Protocol):
     """What `build` needs of a model's tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Sequence[int]:
         """The token ids of raw text."""
         ...
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Message]) -> Sequence[int]:
         """The token ids of a conversation, up to where the assistant's answer begins."""
         ...
 

@@ -106,6 +106,10 @@ class ModelTokenizer:
         text: str = self.inner.decode(list(tokens), skip_special_tokens=True)
         return text
 
+    def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the model's answer starts (see `chat`)."""
+        return self.encode(self.chat(messages))
+
     def chat(self, messages: Sequence[Message]) -> str:
         """Messages as one text that ends where the model's answer starts.
 

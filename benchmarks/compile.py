@@ -22,7 +22,7 @@ from sagellm_ir.build import build
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.passes.instruments import Timing
 from sagellm_ir.passes.manager import PassManager
-from sagellm_ir.passes.pipeline import parse_pipeline
+from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.presets import load_target
 from sagellm_ir.request import Request
 from sagellm_ir.requests import load_requests
@@ -34,7 +34,7 @@ Phases = dict[str, float]
 def compile_once(requests: list[Request], target: Target, pipeline: str) -> tuple[Phases, Phases]:
     """Seconds of each phase, and what came out."""
     timing = Timing()
-    manager = PassManager(parse_pipeline(pipeline), (timing,))
+    manager = PassManager(Pipeline.parse(pipeline), (timing,))
     began = time.perf_counter()
     built = build(requests, target)
     after_build = time.perf_counter()

@@ -1,0 +1,120 @@
+"""`backend ...`: which engines this machine can run plans on, and whether they do it right."""
+
+import importlib.util
+from typing import Annotated
+
+import typer
+from attrs import asdict, frozen
+
+from sagellm_ir.cli import shared
+from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="backend",
+    no_args_is_help=True,
+    help="The engines that can run a plan.",
+    epilog="Example: sage infer backend list",
+)
+
+
+@frozen
+class Backend:
+    """An engine kind of this package."""
+
+    name: str
+    summary: str
+    needs: tuple[str, ...]
+    """Modules that must be installed."""
+    extra: str
+    """The extra that installs them."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Modules that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+BACKENDS = (
+    Backend("simulator", "the cost model in virtual time", (), ""),
+    Backend(
+        "embedded",
+        "PyTorch on this machine's CPU or GPU",
+        ("torch", "tokenizers", "safetensors", "jinja2"),
+        "embedded",
+    ),
+)
+
+
+@shared.command(app, "list", example="backend list --json")
+def list_backends(as_json: shared.AsJson = False) -> None:
+    """Which engines are here, and how to get the others."""
+    rows = [
+        {
+            "name": backend.name,
+            "summary": backend.summary,
+            "ready": not backend.missing,
+            "missing": backend.missing,
+            "install": f"pip install 'sagellm-ir[{backend.extra}]'" if backend.missing else "",
+        }
+        for backend in BACKENDS
+    ]
+    if as_json:
+        shared.emit_json(rows)
+        return
+    shared.print_table(
+        "Engines",
+        ("name", "what it is", "ready", "to install"),
+        (
+            (row["name"], row["summary"], "yes" if row["ready"] else "no", row["install"])
+            for row in rows
+        ),
+    )
+
+
+def _find(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = [backend.name for backend in BACKENDS]
+    raise SageIRError(Diagnostic(f"no engine is called {name!r}", help=suggest(name, known)))
+
+
+@shared.command(app, "test", example="backend test embedded")
+def test_backend(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An engine.")] = "embedded",
+    as_json: shared.AsJson = False,
+) -> None:
+    """Run random requests through every preset and eviction policy; compare with plain decoding."""
+    backend = _find(name)
+    if backend.missing:
+        raise SageIRError(
+            Diagnostic(
+                f"engine {name!r} needs {', '.join(backend.missing)}",
+                help=f"pip install 'sagellm-ir[{backend.extra}]'",
+            )
+        )
+    if name == "simulator":
+        raise SageIRError(
+            Diagnostic("the simulator makes no real tokens to compare", help="test 'embedded'")
+        )
+    from sagellm_ir.runtime.selftest import self_test
+
+    results = []
+    with shared.stderr().status(f"testing {name}"):
+        for result in self_test():
+            results.append(result)
+    if as_json:
+        shared.emit_json([asdict(result) for result in results])
+    else:
+        shared.print_table(
+            f"Engine {name}: {results[0].requests} random requests",
+            ("pipeline", "steps", "blocks moved", "prompt tokens computed", "tokens"),
+            (
+                (r.pipeline, r.steps, r.moved_blocks, r.computed, "equal" if r.equal else "DIFFER")
+                for r in results
+            ),
+        )
+    if not all(result.equal for result in results):
+        raise typer.Exit(1)

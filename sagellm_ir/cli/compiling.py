@@ -1,0 +1,139 @@
+"""From the command line's options to a built graph, and on to a plan."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from attrs import frozen
+
+from sagellm_ir.build import ByteTokenizer, Tokenizer, build
+from sagellm_ir.cli import shared
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.lower import lower
+from sagellm_ir.lowering.plan import ExecutionPlan
+from sagellm_ir.passes.instruments import Instrument
+from sagellm_ir.passes.manager import PassManager
+from sagellm_ir.passes.pipeline import Pipeline
+from sagellm_ir.presets import load_target
+from sagellm_ir.request import ChatPrompt, Request, TextPrompt
+from sagellm_ir.requests import Loaded, load_requests
+from sagellm_ir.target import Target
+
+__all__ = [
+    "Compilation",
+    "choose_pipeline",
+    "choose_target",
+    "choose_tokenizer",
+    "compile_graph",
+    "compile_requests",
+    "read_requests",
+    "start",
+]
+
+
+@frozen
+class Compilation:
+    """Requests on their way to a plan."""
+
+    requests: tuple[Request, ...]
+    graph: IRGraph
+    """As built."""
+    tokens: Mapping[str, Sequence[int]]
+
+    def plan(self, scheduled: IRGraph) -> ExecutionPlan:
+        """The plan of this compilation's graph after its passes."""
+        return lower(scheduled, self.tokens)
+
+
+def start(
+    sources: Sequence[str] | None,
+    target: str,
+    overrides: Sequence[str] | None,
+    tokenizer: str,
+    skip_bad: bool,
+    limit: int | None,
+) -> Compilation:
+    """Load requests, tokenise them and build their graph.
+
+    Raises:
+        SageIRError: no source, or something is wrong with one of them or with the target.
+    """
+    loaded = read_requests(sources, skip_bad, limit)
+    return compile_requests(loaded, choose_target(target, overrides), tokenizer)
+
+
+def read_requests(sources: Sequence[str] | None, skip_bad: bool, limit: int | None) -> Loaded:
+    """Load requests; say on stderr what was odd about them."""
+    if not sources:
+        raise SageIRError(
+            Diagnostic("no requests were given", help="add --request FILE, or `--request -`")
+        )
+    loaded = load_requests(sources, skip_bad=skip_bad, limit=limit)
+    for finding in loaded.warnings:
+        shared.note(str(finding))
+    if loaded.skipped:
+        shared.note(f"skipped {len(loaded.skipped)} bad records; the first: {loaded.skipped[0]}")
+    return loaded
+
+
+def compile_requests(loaded: Loaded, target: Target, tokenizer: str) -> Compilation:
+    """Tokenise requests and build their graph."""
+    encoder = choose_tokenizer(tokenizer, target, loaded.requests)
+    built = build(loaded.requests, target, tokenizer=encoder, locations=loaded.locations)
+    return Compilation(loaded.requests, built.graph, built.tokens)
+
+
+def compile_graph(
+    graph: IRGraph,
+    tokens: Mapping[str, Sequence[int]],
+    pipeline: Pipeline,
+    instruments: Sequence[Instrument] = (),
+) -> ExecutionPlan:
+    """Run passes, and lower what they made."""
+    return lower(PassManager(pipeline, instruments).run(graph), tokens)
+
+
+def choose_target(name: str, overrides: Sequence[str] | None) -> Target:
+    """A preset or file, with `key=value` changes."""
+    changes: dict[str, Any] = {}
+    for text in overrides or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SageIRError(
+                Diagnostic(
+                    f"--set {text}: expected KEY=VALUE",
+                    help="for example --set max_tokens=512 or --set tiers.device.blocks=100",
+                )
+            )
+        *outer, last = key.strip().split(".")
+        inner = changes
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = yaml.safe_load(value)
+    return load_target(name, **changes)
+
+
+def choose_pipeline(level: int, text: str | None) -> Pipeline:
+    """A pipeline as text, or the preset of an optimisation level."""
+    return Pipeline.parse(f"O{level}" if text is None else text)
+
+
+def choose_tokenizer(
+    name: str, target: Target, requests: Sequence[Request]
+) -> Tokenizer | None:
+    """The tokenizer that `requests` need, if any does."""
+    if not any(isinstance(request.prompt, TextPrompt | ChatPrompt) for request in requests):
+        return None
+    if name == "bytes":
+        return ByteTokenizer()
+    wanted = target.model.name if name == "auto" else name
+    try:
+        from sagellm_ir.runtime.engines.embedded import load_tokenizer
+
+        return load_tokenizer(wanted)
+    except (ImportError, SageIRError) as error:
+        if name != "auto":
+            raise
+        shared.note(f"no tokenizer of {wanted}, so a token is a byte of UTF-8 ({error})")
+        return ByteTokenizer()

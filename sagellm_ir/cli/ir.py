@@ -1,0 +1,192 @@
+"""`ir ...`: look at graphs and rewrite them, text in and text out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sagellm_ir.cli import shared, watching
+from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
+from sagellm_ir.cli.passes_table import print_passes, print_what_passes_did
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.passes.instruments import graph_diff, op_delta, read_reproducer
+from sagellm_ir.passes.manager import PassManager
+from sagellm_ir.picture import to_dot, to_mermaid
+from sagellm_ir.serial import graph_to_json
+from sagellm_ir.text import parse_graph, print_graph
+from sagellm_ir.verify import verify
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="ir",
+    no_args_is_help=True,
+    help="Show, check and rewrite graphs.",
+    epilog="Example: sage infer ir dump --request examples/chat_shared_document.jsonl -O2",
+)
+
+STAGES = ("built", "optimised", "scheduled", "plan")
+FORMATS = ("text", "json", "dot", "mermaid")
+
+Provenance = Annotated[
+    bool, typer.Option("--provenance", help="Show where each node was written and what made it.")
+]
+Graph = Annotated[str, typer.Argument(metavar="FILE", help="A graph as text; `-` for stdin.")]
+
+
+@shared.command(
+    app, "dump", example="ir dump --request examples/chat_shared_document.jsonl -O2 --stage built"
+)
+def dump(
+    request: shared.Requests = None,
+    level: shared.Level = 2,
+    pipeline: shared.PipelineText = None,
+    stage: Annotated[
+        str, typer.Option(metavar="|".join(STAGES), help="How far to compile.")
+    ] = "optimised",
+    form: Annotated[
+        str, typer.Option("--format", "-f", metavar="|".join(FORMATS), help="How to print it.")
+    ] = "text",
+    target: shared.TargetName = "cpu",
+    overrides: shared.Overrides = None,
+    tokenizer: shared.TokenizerName = "auto",
+    provenance: Provenance = False,
+    skip_bad: shared.SkipBad = False,
+    limit: shared.Limit = None,
+    output: shared.Out = None,
+) -> None:
+    """Turn requests into a graph and print it, at any stage on its way to a plan."""
+    shared.one_of("--stage", stage, STAGES)
+    shared.one_of("--format", form, FORMATS)
+    compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+    passes = choose_pipeline(level, pipeline)
+    if stage == "plan":
+        shared.emit(_print_plan(compilation, PassManager(passes), form), output)
+        return
+    graph = compilation.graph
+    if stage == "optimised":
+        graph = PassManager(passes.before("schedule")).run(graph)
+    elif stage == "scheduled":
+        graph = PassManager(passes).run(graph)
+    shared.emit(_print(graph, form, provenance), output)
+
+
+def _print(graph: IRGraph, form: str, provenance: bool) -> str:
+    if form == "json":
+        return graph_to_json(graph)
+    if form == "dot":
+        return to_dot(graph)
+    if form == "mermaid":
+        return to_mermaid(graph)
+    return print_graph(graph, provenance=provenance)
+
+
+def _print_plan(compilation: Compilation, manager: PassManager, form: str) -> str:
+    from sagellm_ir.lowering.render import plan_to_mermaid, plan_to_text
+    from sagellm_ir.lowering.serial import plan_to_json
+
+    plan = compilation.plan(manager.run(compilation.graph))
+    if form == "json":
+        return plan_to_json(plan)
+    if form == "mermaid":
+        return plan_to_mermaid(plan)
+    if form == "dot":
+        raise SageIRError(Diagnostic("a plan has no dot form", help="use text, json or mermaid"))
+    return plan_to_text(plan)
+
+
+@shared.command(app, "passes", example="ir passes --show --request examples/tokens.jsonl --diff")
+def passes(
+    show: Annotated[bool, typer.Option("--show", help="With options and laws.")] = False,
+    request: shared.Requests = None,
+    level: shared.Level = 2,
+    pipeline: shared.PipelineText = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="With --request: what each pass changed, line by line.")
+    ] = False,
+    target: shared.TargetName = "cpu",
+    overrides: shared.Overrides = None,
+    tokenizer: shared.TokenizerName = "auto",
+    skip_bad: shared.SkipBad = False,
+    limit: shared.Limit = None,
+    as_json: shared.AsJson = False,
+) -> None:
+    """List the passes and presets or, with requests, show what each pass does to them."""
+    if not request:
+        print_passes(full=show, as_json=as_json)
+        return
+    compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+    print_what_passes_did(compilation.graph, choose_pipeline(level, pipeline), diff, as_json)
+
+
+@shared.command(app, "opt", example="ir opt -p canonicalize,prefix-dedup graph.ir")
+def opt(
+    graph: Graph = "-",
+    level: Annotated[
+        int | None, typer.Option("-O", metavar="0..3", min=0, max=3, help="Pipeline preset.")
+    ] = None,
+    pipeline: shared.PipelineText = None,
+    max_rewrites: Annotated[
+        int | None, typer.Option(min=0, help="Allow this many rewrites in all, to bisect a fault.")
+    ] = None,
+    timing: watching.ShowTiming = False,
+    stats: watching.ShowStatistics = False,
+    print_diff: watching.PrintDiff = False,
+    dump_dir: watching.DumpDir = None,
+    repro: watching.ReproFile = Path("repro.ir"),
+    provenance: Provenance = False,
+    output: shared.Out = None,
+) -> None:
+    """Run passes over a graph: text in, text out."""
+    if level is None and pipeline is None:
+        raise typer.BadParameter("give --pipeline or -O")
+    passes = choose_pipeline(level or 0, pipeline)
+    parsed = parse_graph(shared.read_text(graph), graph)
+    watch = watching.Watch.of(timing, stats, print_diff, dump_dir, repro)
+    result = PassManager(passes, watch.instruments, max_rewrites).run(parsed)
+    watch.report()
+    shared.emit(print_graph(result, provenance=provenance), output)
+
+
+@shared.command(app, "verify", example="ir verify graph.ir")
+def check(graph: Graph = "-") -> None:
+    """Check a graph against all laws."""
+    parsed = parse_graph(shared.read_text(graph), graph)
+    verify(parsed)
+    shared.note(f"{graph}: a valid {parsed.stage} graph of {len(parsed.nodes)} nodes")
+
+
+@shared.command(app, "diff", example="ir diff before.ir after.ir")
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A graph as text.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 when they differ, as git diff does.")
+    ] = False,
+) -> None:
+    """Show how two graphs differ, formatting and comments aside."""
+    left, right = (parse_graph(shared.read_text(path), path) for path in (before, after))
+    if left == right:
+        shared.note("the graphs are equal")
+        return
+    shared.emit(graph_diff(left, right, after))
+    counts = ", ".join(f"{kind} {delta:+d}" for kind, delta in op_delta(left, right).items())
+    shared.note(f"nodes: {counts or 'the same number of each kind'}")
+    if exit_code:
+        raise typer.Exit(1)
+
+
+@shared.command(app, "repro", example="ir repro repro.ir")
+def repro(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What a failing pass left behind.")],
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Find the first rewrite that makes it fail.")
+    ] = False,
+) -> None:
+    """Run the pass of a reproducer on its graph again."""
+    pipeline, graph = read_reproducer(file)
+    if bisect:
+        shared.emit(f"fails from rewrite {first_bad_rewrite(pipeline, graph)} on")
+        return
+    shared.emit(print_graph(PassManager(pipeline).run(graph)))

@@ -1,0 +1,60 @@
+"""The `sagellm-ir` command. `main` runs it; `app` is what hosts mount."""
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from sagellm_ir.cli import backend, explain, ir, plan, run, schema
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sagellm-ir",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compile LLM requests to execution plans, inspect them, and run them.",
+    epilog="Example: sage infer run --prompt 'What is the capital of France?'",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sagellm-ir {metadata.version('sagellm-ir')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None: ...
+
+
+app.add_typer(ir.app)
+plan.add_to(app)
+run.add_to(app)
+explain.add_to(app)
+app.add_typer(backend.app)
+app.add_typer(schema.app)
+
+
+def main(argv: Sequence[str] | None = None, program: str = "sagellm-ir") -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the words after the command's name; None takes them from `sys.argv`.
+        program: how the user called it, for usage messages.
+
+    Returns:
+        0 when all went well, 1 for bad input, 2 for wrong usage, 130 when interrupted.
+    """
+    try:
+        app(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0

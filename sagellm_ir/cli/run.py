@@ -1,0 +1,206 @@
+"""`run`: compile requests and run them, or run a plan file."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from attrs import asdict, evolve, frozen
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sagellm_ir.cli import shared
+from sagellm_ir.cli.compiling import (
+    choose_pipeline,
+    choose_target,
+    compile_graph,
+    compile_requests,
+    read_requests,
+)
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.request import ChatPrompt, Message, Request, Sampling
+from sagellm_ir.requests import Loaded
+from sagellm_ir.target import Target
+
+if TYPE_CHECKING:
+    from sagellm_ir.lowering.plan import ExecutionPlan
+    from sagellm_ir.runtime.backend import InferenceBackend, TokenEvent
+    from sagellm_ir.runtime.running import RunReport
+
+__all__ = ["add_to"]
+
+ENGINES = ("embedded", "simulator")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    shared.command(app, "run", example="run --prompt 'What is the capital of France?'")(run)
+
+
+@frozen
+class _Job:
+    """What to run, and on what."""
+
+    plan: "ExecutionPlan"
+    sampling: Mapping[str, Sampling]
+    engine: "InferenceBackend"
+
+
+@frozen
+class _Engine:
+    """Which engine to make: the options that choose it."""
+
+    kind: str
+    model: str | None
+    dtype: str
+
+    def fit(self, target: Target) -> tuple[Target, "Callable[[Target], InferenceBackend]"]:
+        """The target with the model's real shape, and what makes the engine for it."""
+        if self.kind == "simulator":
+            from sagellm_ir.runtime.engines.simulator import SimulatorEngine
+
+            return target, SimulatorEngine
+        try:
+            from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
+        except ImportError as error:
+            raise SageIRError(
+                Diagnostic(
+                    f"the embedded engine needs {error.name}",
+                    help="pip install 'sagellm-ir[embedded]', or run with --engine simulator",
+                )
+            ) from error
+        loaded = load_model(self.model or target.model.name, self.dtype)
+        return evolve(target, model=loaded.spec), partial(EmbeddedEngine, loaded)
+
+
+def run(
+    request: shared.Requests = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A question, instead of a file.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="A plan file, instead.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER|FILE", help="The model; default: the target's."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic.")] = "float32",
+    engine: Annotated[
+        str, typer.Option(metavar="|".join(ENGINES), help="What runs the plan.")
+    ] = "embedded",
+    max_new: Annotated[
+        int, typer.Option(min=1, help="With --prompt: tokens of the answer, at most.")
+    ] = 64,
+    level: shared.Level = 2,
+    pipeline: shared.PipelineText = None,
+    target: shared.TargetName = "cpu",
+    overrides: shared.Overrides = None,
+    tokenizer: shared.TokenizerName = "auto",
+    skip_bad: shared.SkipBad = False,
+    limit: shared.Limit = None,
+    as_json: shared.AsJson = False,
+    output: shared.Out = None,
+) -> None:
+    """Compile requests to a plan and run it, or run a plan file; print the answers."""
+    if sum(bool(source) for source in (request, prompt, plan)) != 1:
+        raise typer.BadParameter("give one of --request, --prompt and --plan")
+    shared.one_of("--engine", engine, ENGINES)
+    choice = _Engine(engine, model, dtype)
+    if plan is not None:
+        job = _load(plan, choice)
+    else:
+        loaded = Loaded(_questions(prompt, max_new)) if prompt else read_requests(request, skip_bad, limit)
+        fitted, make = choice.fit(choose_target(target, overrides))
+        compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
+        passes = choose_pipeline(level, pipeline)
+        made = compile_graph(compilation.graph, compilation.tokens, passes)
+        sampling = {item.id: item.sampling for item in compilation.requests}
+        job = _Job(made, sampling, make(fitted))
+    report = _watch(job, quiet=as_json or output is not None)
+    if as_json or output is not None:
+        shared.emit_json(_as_data(report), output)
+    _summarise(report)
+
+
+def _questions(prompts: list[str], max_new: int) -> tuple[Request, ...]:
+    return tuple(
+        Request(f"r{index}", prompt=ChatPrompt((Message("user", text),)), max_new_tokens=max_new)
+        for index, text in enumerate(prompts)
+    )
+
+
+def _load(path: Path, choice: _Engine) -> _Job:
+    """A plan file, checked before anything runs."""
+    from sagellm_ir.lowering.serial import load_plan
+    from sagellm_ir.lowering.verify_plan import verify_plan
+
+    made = load_plan(path)
+    verify_plan(made)
+    _, make = choice.fit(made.target)
+    return _Job(made, {item.id: item.sampling for item in made.requests}, make(made.target))
+
+
+def _watch(job: _Job, quiet: bool) -> "RunReport":
+    """Runs the plan with a progress bar; prints answers as they end, a single one as it grows."""
+    from sagellm_ir.runtime.running import run_plan
+
+    answers = _Answers(live=len(job.plan.requests) == 1, quiet=quiet)
+    columns = (TextColumn("running"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=shared.stderr(), transient=True, disable=answers.live) as bar:
+        task = bar.add_task("tokens", total=sum(r.max_new_tokens for r in job.plan.requests))
+
+        def on_token(event: "TokenEvent") -> None:
+            bar.advance(task)
+            answers.add(event)
+
+        return run_plan(job.engine, job.plan, job.sampling, on_token)
+
+
+class _Answers:
+    """Prints answers on stdout: a single one token by token, several each when it has ended."""
+
+    def __init__(self, live: bool, quiet: bool) -> None:
+        self.live = live
+        self.quiet = quiet
+        self._text: dict[str, str] = {}
+
+    def add(self, event: "TokenEvent") -> None:
+        """One more token."""
+        if self.quiet:
+            return
+        if self.live:
+            print(event.text, end="\n" if event.finish else "", flush=True)
+            return
+        text = self._text.pop(event.request, "") + event.text
+        if event.finish:
+            print(f"[{event.request}] {text.strip()}\n", flush=True)
+        else:
+            self._text[event.request] = text
+
+
+def _as_data(report: "RunReport") -> dict[str, object]:
+    answers = [asdict(answer) for answer in report.answers.values()]
+    return {"answers": answers, "summary": report.summary()}
+
+
+def _summarise(report: "RunReport") -> None:
+    """The savings and speeds, on stderr."""
+    figures = report.summary()
+    table = Table(title="Summary", title_justify="left", show_header=False)
+    table.add_row("requests", f"{figures['requests']:.0f}")
+    table.add_row(
+        "prompt tokens",
+        f"{report.prompt_tokens}, of which {report.computed_tokens} computed "
+        f"and {report.saved_tokens} shared ({report.hit_ratio:.1%})",
+    )
+    table.add_row("new tokens", f"{report.generated} in {report.steps} steps")
+    table.add_row("blocks moved", f"{report.moved_blocks}")
+    table.add_row("time to first token", f"{figures['ttft_mean']:.3f} s mean, {figures['ttft_max']:.3f} s max")
+    table.add_row(
+        "speed",
+        f"{figures['tokens_per_second']:.1f} new tokens/s, "
+        f"{figures['prompt_tokens_per_second']:.1f} prompt tokens/s, {report.seconds:.2f} s in all",
+    )
+    shared.stderr().print(table)

@@ -1,0 +1,170 @@
+"""What all commands share: output, errors, and options that mean the same everywhere."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
+from sagellm_ir.files import write_atomic
+
+__all__ = [
+    "AsJson",
+    "Level",
+    "Limit",
+    "Out",
+    "Overrides",
+    "PipelineText",
+    "Requests",
+    "SkipBad",
+    "TargetName",
+    "TokenizerName",
+    "command",
+    "emit",
+    "emit_json",
+    "note",
+    "one_of",
+    "print_table",
+    "read_text",
+    "stderr",
+]
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+MAX_TEXT_BYTES = 1 << 30
+
+Requests = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--request",
+        "-r",
+        metavar="FILE",
+        help="Requests: OpenAI bodies (JSON, JSONL, Batch), text, token ids or a trace; `-` is "
+        "standard input. May be given several times.",
+    ),
+]
+Level = Annotated[int, typer.Option("-O", metavar="0..3", min=0, max=3, help="Pipeline preset.")]
+PipelineText = Annotated[
+    str | None,
+    typer.Option("--pipeline", "-p", metavar="TEXT", help="Passes to run, instead of a preset."),
+]
+TargetName = Annotated[
+    str,
+    typer.Option("--target", "-t", metavar="NAME|FILE", help="What to compile for."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the target."),
+]
+TokenizerName = Annotated[
+    str,
+    typer.Option(
+        "--tokenizer",
+        metavar="auto|bytes|MODEL",
+        help="How text becomes tokens. `auto`: the target's model if it is here, else bytes.",
+    ),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first N requests.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write here instead of standard output."),
+]
+
+
+def stderr() -> Console:
+    """The console for all that is not the result."""
+    return Console(stderr=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """A remark to the user, on stderr."""
+    stderr().print(message, style="dim", markup=False)
+
+
+def command(
+    app: typer.Typer, name: str, *, example: str
+) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
+    """Adds a command whose help ends with an example and whose user errors exit with 1."""
+
+    def decorate(function: Callable[Args, Result]) -> Callable[Args, Result]:
+        @functools.wraps(function)
+        def guarded(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+            try:
+                return function(*args, **kwargs)
+            except SageIRError as error:
+                stderr().print(str(error), markup=False, soft_wrap=True)
+                raise typer.Exit(1) from None
+            except BrokenPipeError:
+                # The reader (`head`, say) has gone; nothing more to say, not even at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            except KeyboardInterrupt:
+                note("interrupted")
+                raise typer.Exit(130) from None
+
+        app.command(name, epilog=f"Example: sage infer {example}")(guarded)
+        return function
+
+    return decorate
+
+
+def emit(text: str, output: Path | None = None) -> None:
+    """The result of a command: to a file, whole or not at all, or to stdout."""
+    if output is not None:
+        write_atomic(output, text if text.endswith("\n") else text + "\n")
+        note(f"wrote {output}")
+        return
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def emit_json(value: Any, output: Path | None = None) -> None:
+    """The result of a command, as JSON."""
+    emit(json.dumps(value, indent=2, ensure_ascii=False), output)
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Checks an option that takes one of a few words.
+
+    Raises:
+        typer.BadParameter: it is none of them.
+    """
+    if value not in known:
+        raise typer.BadParameter(f"{option}: no {value!r}; {suggest(value, known)}")
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table on stdout; plain enough to be piped."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def read_text(path: str) -> str:
+    """A whole text file, `-` for stdin.
+
+    Raises:
+        SageIRError: it does not exist, is no text, or is larger than 1 GiB.
+    """
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        if (size := os.path.getsize(path)) > MAX_TEXT_BYTES:
+            raise SageIRError(Diagnostic(f"{path} has {size} bytes; at most {MAX_TEXT_BYTES}"))
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from None

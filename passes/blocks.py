@@ -10,7 +10,7 @@ from attrs import frozen
 
 from sagellm_ir.graph import RequestDecl
 
-__all__ = ["BlockTable", "Ints", "RadixTree"]
+__all__ = ["BlockTable", "Ints", "RadixTree", "ends_run"]
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -53,6 +53,12 @@ class BlockTable:
         lengths = np.fromiter((request.prompt_len for request in self.requests), np.int64)
         return self.stop < lengths[self.owner]
 
+    def parts(self, entries: Ints) -> dict[str, slice]:
+        """Which of some ascending entries belong to which request, for those that have any."""
+        edges = np.searchsorted(entries, self.first).tolist()
+        spans = zip(self.requests, edges[:-1], edges[1:], strict=True)
+        return {request.id: slice(low, high) for request, low, high in spans if low < high}
+
 
 @frozen(eq=False)
 class RadixTree:
@@ -86,7 +92,7 @@ class RadixTree:
         leads[lead] = True
         follows = table.shareable & ~leads
         size = np.bincount(number[follows], minlength=len(ids))[number]
-        last = _ends_run(size) | _ends_run(table.owner)
+        last = ends_run(size) | ends_run(table.owner)
         boundary = np.flatnonzero(leads & last & (size > 0))
         index = np.full(len(ids), -1)
         index[number[boundary]] = np.arange(len(boundary))
@@ -95,7 +101,7 @@ class RadixTree:
         above = behind[np.maximum(at - 1, 0)]
         inner = (at > 0) & (table.owner[above] == table.owner[boundary])
         followed = behind[follows[behind]]
-        parting = followed[_ends_run(table.owner[followed])]
+        parting = followed[ends_run(table.owner[followed])]
         return cls(
             table,
             number,
@@ -112,16 +118,11 @@ class RadixTree:
         wanted[self.block[boundaries]] = True
         entries = np.flatnonzero(wanted[self.number])
         stops, numbers = self.table.stop[entries].tolist(), self.number[entries].tolist()
-        edges = np.searchsorted(entries, self.table.first).tolist()
-        spans = zip(self.table.requests, edges[:-1], edges[1:], strict=True)
-        return {
-            request.id: (stops[low:high], numbers[low:high])
-            for request, low, high in spans
-            if low < high
-        }
+        parts = self.table.parts(entries).items()
+        return {request: (stops[part], numbers[part]) for request, part in parts}
 
 
-def _ends_run(values: Ints) -> Mask:
+def ends_run(values: Ints) -> Mask:
     """Where the next value is another one, or there is none."""
     ends = np.ones(len(values), dtype=bool)
     ends[:-1] = values[1:] != values[:-1]

@@ -1,13 +1,15 @@
 """`chunk-prefill`: long prefills become chains of chunks."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from attrs import field, frozen, validators
 
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.nodes import AllReduce, IRNode, Prefill
+from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.rewrite import Names, finish, split
+from sagellm_ir.target import DEVICE
 
 __all__ = ["ChunkPrefill"]
 
@@ -20,7 +22,7 @@ class ChunkPrefill(Pass):
     most `tokens`. Chunks end at block boundaries (where a block fits the budget), so no block is
     written by two of them. The last one keeps the name: users of `%x` stay as they are. A prefill
     that exceeds the target's `max_tokens` is split even when no rewrite is left, because it
-    could not run at all.
+    could not run at all. Where a move copies the prefill's KV, it becomes a move of each chunk.
 
     This bounds how long one prompt holds up the decodes beside it (A. Agrawal et al.,
     "Sarathi-Serve", OSDI 2024).
@@ -37,24 +39,45 @@ class ChunkPrefill(Pass):
         limit = min(self.tokens or most, most)
         size = graph.target.block_size
         names = Names(graph)
+        chunks: dict[str, Sequence[KVNode]] = {}
         nodes: list[IRNode] = []
         for node in graph.nodes:
             if isinstance(node, AllReduce):
                 continue
-            length = node.stop - node.start if isinstance(node, Prefill) else 0
-            if (
-                isinstance(node, Prefill)
-                and length > limit
-                and (length > most or ctx.may_rewrite())
-            ):
-                cuts = _cuts(node.start, node.stop, limit, size)
-                fresh = [names.fresh(f"{node.name}.{i}") for i in range(len(cuts))]
-                nodes += split(node, cuts, fresh, self.name)
-                ctx.count("prefills split")
-                ctx.count("chunks", len(cuts) + 1)
-            else:
-                nodes.append(node)
+            parts: Sequence[IRNode] = (node,)
+            if isinstance(node, Prefill):
+                length = node.stop - node.start
+                if length > limit and (length > most or ctx.may_rewrite()):
+                    cuts = _cuts(node.start, node.stop, limit, size)
+                    parts = chunks[node.name] = split(
+                        node, cuts, names.numbered(f"{node.name}."), self.name
+                    )
+                    ctx.count("prefills split")
+                    ctx.count("chunks", len(parts))
+            elif isinstance(node, (KVFetch, KVMigrate)) and node.source in chunks:
+                parts = chunks[node.name] = _copies(node, chunks[node.source], names, self.name)
+                ctx.count("moves split")
+            nodes += parts
         return finish(graph, nodes) if ctx.counts else graph
+
+
+def _copies(
+    node: KVFetch | KVMigrate, chunks: Sequence[KVNode], names: Names, by: str
+) -> Sequence[KVNode]:
+    """A move of a value that became chunks, as a chain of moves of single chunks."""
+    sources = [chunk for chunk in chunks if chunk.stop > node.start and chunk.start < node.stop]
+    cuts = [chunk.stop for chunk in sources[:-1]]
+    moves = split(node, cuts, names.numbered(f"{node.name}."), by)
+    copies = []
+    for move, source in zip(moves, sources, strict=True):
+        if move is moves[0]:
+            move = move.replace(operands=(source.name, *node.operands[1:]))
+        elif node.tier == DEVICE:
+            move = move.replace(operands=(source.name, *move.operands))
+        else:
+            move = move.replace(operands=(source.name,), after=move.operands)
+        copies.append(move)
+    return copies
 
 
 def _cuts(start: int, stop: int, limit: int, block: int) -> list[int]:

@@ -46,7 +46,7 @@ _BARE = re.compile(r'[^\s,{}="]+')
 class Pipeline:
     """Passes in the order in which they run."""
 
-    passes: tuple[Pass, ...] = attrs.field(default=(), converter=tuple)
+    passes: tuple[Pass, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Pipeline":
@@ -66,7 +66,7 @@ class Pipeline:
 
     def before(self, name: str) -> "Pipeline":
         """The passes that run before the first one called `name`: all, when none is."""
-        return Pipeline(takewhile(lambda item: item.name != name, self.passes))
+        return Pipeline(tuple(takewhile(lambda item: item.name != name, self.passes)))
 
 
 def print_pass(item: Pass) -> str:

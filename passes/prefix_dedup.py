@@ -173,10 +173,9 @@ class _Sharing:
             )
         first = max(bisect_right(stops, node.start), computed)
         cuts = stops[first:at]
-        fresh = [self.names.fresh(f"{node.name}.s{i}") for i in range(len(cuts))]
         if cuts:
             self.ctx.count("prefixes led", len(cuts))
-        for piece in split(node, cuts, fresh, self.by):
+        for piece in split(node, cuts, self.names.numbered(f"{node.name}.s"), self.by):
             self.keep(piece)
 
     def computed(self, request: str) -> int:

@@ -1,7 +1,8 @@
 """What the passes over built graphs share: fresh names, splitting, and putting a graph together."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import Any, TypeVar
 
 from sagellm_ir.graph import IRGraph, RequestDecl
@@ -51,6 +52,10 @@ class Names:
         self.taken.add(name)
         return name
 
+    def numbered(self, stem: str) -> Iterator[str]:
+        """Fresh names `stem0`, `stem1`, ..., without end."""
+        return (self.fresh(f"{stem}{i}") for i in count())
+
 
 def merge(*names: Iterable[str]) -> tuple[str, ...]:
     """Names of all arguments, each once, in order."""
@@ -64,16 +69,16 @@ def split(node: Piece, cuts: Sequence[int], names: Iterable[str], by: str) -> li
     order edges, so nothing of it starts earlier than it did.
 
     Args:
-        node: a prefill, or a fetch without a source (a source would have to be split too).
+        node: a prefill or a fetch; of a move with a source the operands are left to the caller.
         cuts: ascending tokens strictly inside the node's span.
-        names: of the pieces before the last; as many as cuts.
+        names: of the pieces before the last, at least as many as cuts.
         by: the pass that asks.
     """
     if not cuts:
         return [node]
     origin = Origin(by, (node.name,))
     pieces, operands, after, start = [], node.operands, node.after, node.start
-    for name, stop in zip(names, cuts):  # noqa: B905  (names may be endless)
+    for stop, name in zip(cuts, names):  # noqa: B905  (names may be endless)
         piece = node.replace(
             name=name, start=start, stop=stop, operands=operands, after=after, origin=origin
         )

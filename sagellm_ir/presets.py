@@ -9,26 +9,21 @@ A file has the fields of `Target`, with three shorthands: `model` may be the nam
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-import yaml
-from attrs import evolve, field, fields, frozen, validators
-from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
+from attrs import evolve, field, frozen, validators
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
-from sagellm_ir.nodes import Location
+from sagellm_ir.located_yaml import LocatedYAML, Where
 from sagellm_ir.target import DEVICE, ModelSpec, Target, Tier
 
 __all__ = ["load_model", "load_target", "model_names", "target_names"]
 
-_MOST_BYTES = 1 << 20
 _PRESET = re.compile(r"\w[\w.\-]*")
+_MOST_WORKERS = 1024
 _SIZES = ("blocks", "bytes", "memory")
-
-T = TypeVar("T")
-Where = tuple[str | int, ...]
 
 
 @frozen
@@ -58,7 +53,7 @@ def load_model(name: str) -> ModelSpec:
     Raises:
         SageIRError: there is no such preset, or its file is wrong.
     """
-    file = _File(_preset("models", name))
+    file = LocatedYAML(_preset("models", name))
     return file.structure(file.values, ModelSpec, ())
 
 
@@ -75,7 +70,7 @@ def load_target(name_or_path: str | Path, **overrides: Any) -> Target:
     """
     text = str(name_or_path)
     is_name = _PRESET.fullmatch(text) and not text.endswith((".yaml", ".yml"))
-    file = _File(_preset("targets", text) if is_name else Path(name_or_path))
+    file = LocatedYAML(_preset("targets", text) if is_name else Path(name_or_path))
     file.forget(overrides)
     values = _merge(_expand(file, file.values), _expand(file, overrides))
     tiers = values.pop("tiers", None)
@@ -105,142 +100,7 @@ def _preset(kind: str, name: str) -> Path:
     return _config() / kind / f"{name}.yaml"
 
 
-class _File:
-    """A YAML file: its mapping, and the line each field is on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[Where, Location] = {}
-        try:
-            with path.open("rb") as stream:
-                data = stream.read(_MOST_BYTES + 1)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from error
-        if len(data) > _MOST_BYTES:
-            raise SageIRError(Diagnostic(f"{path} is larger than {_MOST_BYTES} bytes"))
-        try:
-            tree = yaml.compose(data, yaml.SafeLoader)
-            self._index(tree, ())
-            self.values = yaml.safe_load(data)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            mark = getattr(error, "problem_mark", None)
-            loc = Location(str(path), mark.line + 1, mark.column + 1) if mark else None
-            reason = getattr(error, "problem", None) or str(error)
-            raise SageIRError(Diagnostic(f"{path} is not YAML: {reason}", loc)) from error
-        if not isinstance(self.values, dict) or not all(isinstance(k, str) for k in self.values):
-            raise SageIRError(Diagnostic(f"{path}: expected a mapping from fields to values"))
-
-    def _index(self, node: yaml.Node | None, where: Where) -> None:
-        """Notes where every field is, and refuses a field that is given twice."""
-        if node is None:
-            return
-        mark = node.start_mark
-        self.lines[where] = Location(str(self.path), mark.line + 1, mark.column + 1)
-        if isinstance(node, yaml.SequenceNode):
-            for at, item in enumerate(node.value):
-                self._index(item, (*where, at))
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = (*where, str(key.value))
-                if inner in self.lines:
-                    self.fail(inner, "this field is given twice")
-                self._index(value, inner)
-
-    def diagnostic(
-        self, where: Where, message: str, help_: str = "", missing: bool = False
-    ) -> Diagnostic:
-        """Something is wrong with the field at `where`, or it is missing there."""
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-        loc = self.lines.get(where) or (self.lines.get(where[:-1]) if missing else None)
-        text = f"{name[1:]}: {message}" if name else message
-        return Diagnostic(text if loc else f"{self.path.stem}: {text}", loc, help=help_)
-
-    def forget(self, overrides: Mapping[str, Any], where: Where = ()) -> None:
-        """Overridden fields are not what the file says, so no message may point there."""
-        for name, value in overrides.items():
-            self.lines.pop((*where, name), None)
-            if isinstance(value, Mapping):
-                self.forget(value, (*where, name))
-
-    def fail(self, where: Where, message: str, help_: str = "") -> NoReturn:
-        """Raises the diagnostic."""
-        raise SageIRError(self.diagnostic(where, message, help_))
-
-    def structure(self, values: Any, cls: type[T], where: Where) -> T:
-        """`values` as a `cls`; every wrong field is one diagnostic."""
-        if not isinstance(values, Mapping):
-            self.fail(where, f"expected a mapping, got {values!r}")
-        try:
-            return _CONVERTER.structure(values, cls)
-        except BaseValidationError as error:
-            raise SageIRError(*self._problems(error, where)) from error
-
-    def _problems(self, error: BaseValidationError, where: Where) -> Iterator[Diagnostic]:
-        for inner in error.exceptions:
-            notes = getattr(inner, "__notes__", ())
-            steps = [getattr(note, "name", getattr(note, "index", None)) for note in notes]
-            place = (*where, *(step for step in steps if step is not None))
-            if isinstance(inner, ForbiddenExtraKeysError):
-                known = [attribute.name for attribute in fields(inner.cl)]
-                for name in sorted(map(str, inner.extra_fields)):
-                    yield self.diagnostic((*place, name), "unknown field", suggest(name, known))
-            elif isinstance(inner, BaseValidationError):
-                yield from self._problems(inner, place)
-            elif isinstance(inner, KeyError):
-                yield self.diagnostic(place, "this field is missing", missing=True)
-            else:
-                # A validator of attrs names the field at the start: "'tp' must be > 0: 0".
-                message = str(inner.args[0])
-                if named := re.match(r"'(\w+)' ", message):
-                    place, message = (*place, named[1]), message[named.end() :]
-                yield self.diagnostic(place, message)
-
-
-def _integer(value: Any, _: type) -> int:
-    """A whole number; YAML writes large ones as floats."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if type(value) is not int:
-        raise ValueError(f"expected a whole number, got {value!r}")
-    return value
-
-
-def _number(value: Any, _: type) -> float:
-    """A finite number; YAML 1.1 takes 1e9 (without `.` and sign) for a text."""
-    try:
-        number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not abs(number) < float("inf"):
-        raise ValueError(f"expected a number, got {value!r}")
-    return number
-
-
-def _text(value: Any, _: type) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"expected a text, got {value!r}")
-    return value
-
-
-def _boolean(value: Any, _: type) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, got {value!r}")
-    return value
-
-
-def _converter() -> Converter:
-    """Strict: no unknown fields, no silent conversions."""
-    converter = Converter(forbid_extra_keys=True)
-    for cls, hook in ((int, _integer), (float, _number), (str, _text), (bool, _boolean)):
-        converter.register_structure_hook(cls, hook)
-    return converter
-
-
-_CONVERTER = _converter()
-
-
-def _expand(file: _File, values: Mapping[str, Any]) -> dict[str, Any]:
+def _expand(file: LocatedYAML, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with their shorthands written out."""
     expanded = dict(values)
     if isinstance(model := expanded.get("model"), str):
@@ -248,10 +108,14 @@ def _expand(file: _File, values: Mapping[str, Any]) -> dict[str, Any]:
             file.fail(
                 ("model",), f"there is no model preset {model!r}", suggest(model, model_names())
             )
-        expanded["model"] = _File(_preset("models", model)).values
+        expanded["model"] = LocatedYAML(_preset("models", model)).values
     workers = expanded.get("workers")
-    if type(workers) is int:
+    if type(workers) is int and workers <= _MOST_WORKERS:
         expanded["workers"] = [{"name": f"w{number}"} for number in range(workers)]
+    elif "workers" in expanded and not isinstance(workers, list):
+        file.fail(
+            ("workers",), f"expected a list, or a number up to {_MOST_WORKERS}, got {workers!r}"
+        )
     return expanded
 
 
@@ -268,7 +132,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _tiers(file: _File, tiers: Any, target: Target) -> tuple[Tier, ...]:
+def _tiers(file: LocatedYAML, tiers: Any, target: Target) -> tuple[Tier, ...]:
     """The tiers of a file, with their sizes in blocks."""
     if not isinstance(tiers, Mapping):
         file.fail(("tiers",), f"expected a mapping from names to tiers, got {tiers!r}")
@@ -281,7 +145,7 @@ def _tiers(file: _File, tiers: Any, target: Target) -> tuple[Tier, ...]:
     return tuple(made)
 
 
-def _blocks(file: _File, where: Where, spec: _TierSize, target: Target) -> int:
+def _blocks(file: LocatedYAML, where: Where, spec: _TierSize, target: Target) -> int:
     """The size of a tier in blocks."""
     given = [size for size in _SIZES if getattr(spec, size) is not None]
     if len(given) != 1:
@@ -304,7 +168,7 @@ def _weight_bytes(model: ModelSpec) -> float:
     return float((model.layer_params + 2 * model.head_params) * model.dtype_bytes)
 
 
-def _check(file: _File, target: Target) -> None:
+def _check(file: LocatedYAML, target: Target) -> None:
     """What no single field shows."""
     if target.tier(DEVICE) is None:
         file.fail(("tiers",), f"there is no tier {DEVICE!r}, the one attention reads from")

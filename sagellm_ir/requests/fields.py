@@ -51,6 +51,13 @@ class Fields:
             self.expected(name, f"a whole number{bound}", value)
         return value
 
+    def required(self, name: str, least: int) -> int:
+        """A whole number, `least` or more, that must be there."""
+        value: int | None = self.integer(name, least=least)
+        if value is None:
+            self.expected(name, f"a whole number of at least {least}", None)
+        return value
+
     def number(
         self, *names: str, default: float | None = None, least: float = 0.0, most: float = math.inf
     ) -> Any:

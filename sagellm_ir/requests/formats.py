@@ -29,6 +29,7 @@ MOONCAKE_BLOCK = 512
 CODING_AGENT_BLOCK = 64
 """Tokens of a block of the coding-agent sessions; `block_size` overrides."""
 _DEPTH = 16
+_MOST_COPIES = 1024
 _NS = {"s": 10**9, "ms": 10**6, "us": 10**3}
 _BATCH_URLS = ("/v1/chat/completions", "/v1/completions")
 _ID = ("id", "custom_id")
@@ -151,6 +152,8 @@ def _one(
 def _body(fields: Fields) -> Draft:
     request = {**_common(fields), "sampling": read_sampling(fields)}
     copies = fields.integer("n", default=1, least=1)
+    if copies > _MOST_COPIES:
+        fields.expected("n", f"at most {_MOST_COPIES}", copies)
     stamp = _stamp(fields, "s")
     prompts = read_prompts(fields)
     return Draft(request, prompts, fields.loc, stamp, copies, tuple(fields.unread()))
@@ -180,9 +183,7 @@ def _mooncake(fields: Fields, trace_ids: TraceIds) -> Draft:
 
 def _trace(fields: Fields, length: str, trace_ids: TraceIds, block_size: int) -> TracePrompt:
     """A prompt known by its block ids; the id of a last block that is not full may be left out."""
-    tokens = fields.integer(length, least=1)
-    if tokens is None:
-        fields.expected(length, "a whole number of at least 1", None)
+    tokens = fields.required(length, 1)
     size = fields.integer("block_size", default=block_size, least=1)
     ids = fields.integers("hash_ids", fields.get("hash_ids")[1], "a list of block ids", _TRACE_ID)
     least, most = tokens // size, -(-tokens // size)
@@ -212,13 +213,9 @@ def _azure(fields: Fields) -> Draft:
         text = row.get(name)
         row[name] = int(text) if isinstance(text, str) and text.isdecimal() else text
     fields = Fields(row, fields.loc)
-    tokens = fields.integer("ContextTokens", least=1)
-    answer = fields.integer("GeneratedTokens", default=0, least=0)
-    stamp = _clock(fields)
-    if tokens is None:
-        fields.expected("ContextTokens", "a whole number of at least 1", None)
-    prompt = TracePrompt((), tokens, MOONCAKE_BLOCK)
-    return _one(fields, prompt, stamp, max_new_tokens=max(1, answer))
+    prompt = TracePrompt((), fields.required("ContextTokens", 1), MOONCAKE_BLOCK)
+    answer = fields.required("GeneratedTokens", 0)
+    return _one(fields, prompt, _clock(fields), max_new_tokens=max(1, answer))
 
 
 def _clock(fields: Fields) -> int:

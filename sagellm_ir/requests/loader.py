@@ -11,13 +11,14 @@ from sagellm_ir.nodes import Location
 from sagellm_ir.request import Request
 from sagellm_ir.requests.formats import Draft, TraceIds, drafts
 from sagellm_ir.requests.known import HARMLESS, OWN, UNSUPPORTED
-from sagellm_ir.requests.source import DEFAULT_LIMITS, Limits, Source, records
+from sagellm_ir.requests.source import DEFAULT_LIMITS, Limits, Record, Source, records
 
 __all__ = ["Loaded", "load_requests"]
 
 _MOST_ERRORS = 20
 
-_NEUTRAL: tuple[Any, ...] = (None, 0, 1, "none", "auto", [], {})
+_NO_EFFECT: tuple[Any, ...] = (None, 0, "none", "auto", [], {})
+_NO_EFFECT_AT_ONE = ("best_of", "repetition_penalty")
 
 
 @frozen
@@ -85,7 +86,7 @@ class _Loading:
             self.warnings.append(Diagnostic(f"no requests in {names}", severity="warning"))
         requests, locations = self.finish()
         if self.bad and not self.skip_bad:
-            raise SageIRError(*self.shown())
+            raise SageIRError(*self.bad[:_MOST_ERRORS])
         return Loaded(tuple(requests), tuple(self.bad), tuple(self.warnings), locations)
 
     @property
@@ -97,22 +98,26 @@ class _Loading:
         begin, warned = len(self.drafts), set[str]()
         self.trace_ids.new_scope()
         for record in records(source, limits):
-            position, self.position = self.position, self.position + 1
-            if isinstance(record, Diagnostic):
-                self.bad.append(record)
-                continue
-            try:
-                made = drafts(record, self.trace_ids)
-            except SageIRError as error:
-                self.bad.extend(error.diagnostics)
-                continue
-            for draft in made:
-                self.drafts.append((position, draft))
-                self.count += draft.copies * len(draft.prompts)
-            self.warn(made, record.value, warned)
+            self.record(record, warned)
             if self.full or (not self.skip_bad and len(self.bad) >= _MOST_ERRORS):
                 break
         _rebase([draft for _, draft in self.drafts[begin:]])
+
+    def record(self, record: Record | Diagnostic, warned: set[str]) -> None:
+        """Appends the drafts of one record, or what is wrong with it."""
+        position, self.position = self.position, self.position + 1
+        if isinstance(record, Diagnostic):
+            self.bad.append(record)
+            return
+        try:
+            made = drafts(record, self.trace_ids)
+        except SageIRError as error:
+            self.bad.extend(error.diagnostics)
+            return
+        for draft in made:
+            self.drafts.append((position, draft))
+            self.count += draft.copies * len(draft.prompts)
+        self.warn(made, record.value, warned)
 
     def warn(self, made: list[Draft], values: Any, warned: set[str]) -> None:
         """Warns about fields that have no effect, once a source."""
@@ -121,7 +126,8 @@ class _Loading:
                 if name in warned or name in HARMLESS:
                     continue
                 if name in UNSUPPORTED:
-                    if values.get("body", values).get(name) in _NEUTRAL:
+                    value = values.get("body", values).get(name)
+                    if value in _NO_EFFECT or (value == 1 and name in _NO_EFFECT_AT_ONE):
                         continue
                     message, help_ = f"{name} is not supported and has no effect", ""
                 else:
@@ -152,12 +158,6 @@ class _Loading:
     def room(self, made: int) -> int | None:
         """How many more requests are wanted; None: any number."""
         return None if self.limit is None else max(0, self.limit - made)
-
-    def shown(self) -> list[Diagnostic]:
-        """The errors worth showing at once."""
-        more = len(self.bad) - _MOST_ERRORS
-        rest = [Diagnostic(f"{more} more errors are not shown", severity="note")]
-        return self.bad[:_MOST_ERRORS] + (rest if more > 0 else [])
 
 
 def _rebase(made: list[Draft]) -> None:

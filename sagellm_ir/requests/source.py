@@ -37,6 +37,7 @@ Source = str | Path | TextIO
 Line = tuple[int, bytes]
 
 _BLANK = re.compile(r"\s*")
+_REQUESTS = re.compile(r'\[\s*[\[{"]')
 _WINDOW = 60
 
 
@@ -185,9 +186,9 @@ def _decode(name: str, line: Line) -> Record | Diagnostic:
     """The JSON value of one line."""
     number, data = line
     try:
-        return Record(json.loads(data), Location(name, number))
+        return Record(json.loads(data.rstrip()), Location(name, number))
     except json.JSONDecodeError as error:
-        return _broken(name, number, data.decode(), error)
+        return _broken(name, number, data.decode().rstrip(), error)
     except UnicodeDecodeError as error:
         return _not_utf8(Location(name, number, error.start + 1))
     except (RecursionError, ValueError) as error:
@@ -198,39 +199,39 @@ def _json_document(name: str, lines: Iterable[Line]) -> Iterator[Record]:
     """JSON values separated by blank space; arrays of requests are flattened."""
     text = _join(name, lines)
     decoder = json.JSONDecoder()
-    depth, at = 0, _skip(text, 0)
+    inside, at = False, _skip(text, 0)
     try:
         while at < len(text):
             loc = Location(name, text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at))
-            if not depth and text[at] == "[" and text[_skip(text, at + 1)] in '[{"':
-                depth, at = 1, _skip(text, at + 1)
+            if not inside and _REQUESTS.match(text, at):
+                inside, at = True, _skip(text, at + 1)
                 continue
             value, at = decoder.raw_decode(text, at)
             yield Record(value, loc)
             at = _skip(text, at)
-            if depth and text[at : at + 1] == ",":
+            if inside and text[at : at + 1] == ",":
                 at = _skip(text, at + 1)
-            elif depth and text[at : at + 1] == "]":
-                depth, at = 0, _skip(text, at + 1)
-            elif depth:
+            elif inside and text[at : at + 1] == "]":
+                inside, at = False, _skip(text, at + 1)
+            elif inside:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if depth:
+        if inside:
             raise json.JSONDecodeError("Expecting value", text, at)
     except json.JSONDecodeError as error:
         raise SageIRError(_broken(name, 1, text, error)) from error
-    except (RecursionError, ValueError, IndexError) as error:
+    except (RecursionError, ValueError) as error:
         message = f"JSON that cannot be read: {error}"
         raise SageIRError(Diagnostic(message, Location(name, 1))) from error
 
 
 def _csv(name: str, lines: Iterable[Line]) -> Iterator[Record]:
     text = _join(name, lines)
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(text), restkey="a further column")
     try:
         for row in reader:
             yield Record(row, Location(name, reader.line_num))
     except csv.Error as error:
-        loc = Location(name, reader.line_num)
+        loc = Location(name, reader.line_num + 1)
         raise SageIRError(Diagnostic(f"CSV that cannot be read: {error}", loc)) from error
 
 
@@ -265,11 +266,14 @@ def _not_utf8(loc: Location) -> Diagnostic:
 
 
 def _broken(name: str, number: int, text: str, error: json.JSONDecodeError) -> Diagnostic:
-    """A JSON error, with the text around it and a caret."""
-    ended = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+    """A JSON error, with the text around it and a caret; `number` is the line `text` starts on."""
+    at = min(error.pos, len(text.rstrip()))
+    ended = at < error.pos or at == len(text) or error.msg.startswith("Unterminated")
     reason = "it ends too early, as a truncated file does" if ended else error.msg
-    loc = Location(name, number + error.lineno - 1, error.colno)
-    line = text.splitlines()[error.lineno - 1] if text.strip() else ""
-    start = max(0, error.colno - 1 - _WINDOW // 2)
-    window = f"  {line[start : start + _WINDOW]}\n  {' ' * (error.colno - 1 - start)}^"
-    return Diagnostic(f"not JSON: {reason}", loc, window=window if line else "")
+    before = text[:at].split("\n")
+    column = len(before[-1]) + 1
+    line = before[-1] + text[at:].split("\n")[0].rstrip("\r")
+    start = max(0, column - 1 - _WINDOW // 2)
+    window = f"  {line[start : start + _WINDOW]}\n  {' ' * (column - 1 - start)}^"
+    loc = Location(name, number + len(before) - 1, column)
+    return Diagnostic(f"not JSON: {reason}", loc, window=window)

@@ -9,7 +9,6 @@ row is the best of `--repeat` runs, the garbage collector left on.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -61,7 +60,9 @@ def best(requests: list[Request], target: Target, pipeline: str, repeat: int) ->
 def show(name: str, requests: list[Request], result: dict[str, Phases]) -> None:
     """One workload as a table."""
     facts = result["facts"]
-    title = f"{name}: {len(requests)} requests, {facts['nodes']:.0f} nodes, {facts['steps']:.0f} steps"
+    title = (
+        f"{name}: {len(requests)} requests, {facts['nodes']:.0f} nodes, {facts['steps']:.0f} steps"
+    )
     table = Table("phase", title=title, title_justify="left")
     table.add_column("ms", justify="right")
     for phase, seconds in result["seconds"].items():
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -51,8 +51,14 @@ def self_test(seed: int | None = None) -> Iterator[SelfTest]:
     engine, target = _make(seed)
     requests = _requests(random.Random(seed), target)
     expected = {request.id: _from_scratch(engine, target, request) for request in requests}
-    pipelines = [*PRESETS, *(f"{SHARING},evict{{policy={policy}, spill={spill}}}"
-                 for policy in POLICIES for spill in SPILLS)]
+    pipelines = [
+        *PRESETS,
+        *(
+            f"{SHARING},evict{{policy={policy}, spill={spill}}}"
+            for policy in POLICIES
+            for spill in SPILLS
+        ),
+    ]
     for pipeline in pipelines:
         report = run_plan(engine, _compile(requests, target, pipeline))
         answers = {answer.request: answer.tokens for answer in report.answers.values()}

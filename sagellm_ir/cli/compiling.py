@@ -119,9 +119,7 @@ def choose_pipeline(level: int, text: str | None) -> Pipeline:
     return Pipeline.parse(f"O{level}" if text is None else text)
 
 
-def choose_tokenizer(
-    name: str, target: Target, requests: Sequence[Request]
-) -> Tokenizer | None:
+def choose_tokenizer(name: str, target: Target, requests: Sequence[Request]) -> Tokenizer | None:
     """The tokenizer that `requests` need, if any does."""
     if not any(isinstance(request.prompt, TextPrompt | ChatPrompt) for request in requests):
         return None

@@ -10,6 +10,7 @@ from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
 from sagellm_ir.cli.passes_table import print_passes, print_what_passes_did
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
+from sagellm_ir.passes.bisect import bisect as find_rewrite
 from sagellm_ir.passes.instruments import graph_diff, op_delta, read_reproducer
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.picture import to_dot, to_mermaid
@@ -187,6 +188,7 @@ def repro(
     """Run the pass of a reproducer on its graph again."""
     pipeline, graph = read_reproducer(file)
     if bisect:
-        shared.emit(f"fails from rewrite {first_bad_rewrite(pipeline, graph)} on")
+        number = find_rewrite(pipeline, graph, lambda result: False)
+        shared.emit("it does not fail" if number is None else f"fails from rewrite {number} on")
         return
     shared.emit(print_graph(PassManager(pipeline).run(graph)))

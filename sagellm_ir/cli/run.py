@@ -111,7 +111,11 @@ def run(
     if plan is not None:
         job = _load(plan, choice)
     else:
-        loaded = Loaded(_questions(prompt, max_new)) if prompt else read_requests(request, skip_bad, limit)
+        loaded = (
+            Loaded(_questions(prompt, max_new))
+            if prompt
+            else read_requests(request, skip_bad, limit)
+        )
         fitted, make = choice.fit(choose_target(target, overrides))
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
@@ -197,7 +201,9 @@ def _summarise(report: "RunReport") -> None:
     )
     table.add_row("new tokens", f"{report.generated} in {report.steps} steps")
     table.add_row("blocks moved", f"{report.moved_blocks}")
-    table.add_row("time to first token", f"{figures['ttft_mean']:.3f} s mean, {figures['ttft_max']:.3f} s max")
+    table.add_row(
+        "time to first token", f"{figures['ttft_mean']:.3f} s mean, {figures['ttft_max']:.3f} s max"
+    )
     table.add_row(
         "speed",
         f"{figures['tokens_per_second']:.1f} new tokens/s, "

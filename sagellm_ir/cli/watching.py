@@ -23,7 +23,9 @@ ShowStatistics = Annotated[bool, typer.Option("--stats", help="What each pass di
 PrintDiff = Annotated[bool, typer.Option("--print-diff", help="What each pass changed.")]
 DumpDir = Annotated[
     Path | None,
-    typer.Option("--dump-dir", metavar="DIR", help="Write the graph after each pass, and an index."),
+    typer.Option(
+        "--dump-dir", metavar="DIR", help="Write the graph after each pass, and an index."
+    ),
 ]
 ReproFile = Annotated[
     Path, typer.Option("--repro", metavar="FILE", help="Where to write how to repeat a failure.")
@@ -48,7 +50,9 @@ class Watch:
             others.append(Diff(lambda text: shared.stderr().print(text, markup=False, end="")))
         if folder is not None:
             others.append(Dump(folder))
-        return cls(Timing() if timing else None, Statistics() if statistics else None, tuple(others))
+        return cls(
+            Timing() if timing else None, Statistics() if statistics else None, tuple(others)
+        )
 
     @property
     def instruments(self) -> tuple[Instrument, ...]:

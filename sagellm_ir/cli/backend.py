@@ -82,7 +82,7 @@ def _find(name: str) -> Backend:
 
 
 @shared.command(app, "test", example="backend test embedded")
-def test_backend(
+def check_backend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An engine.")] = "embedded",
     as_json: shared.AsJson = False,
 ) -> None:
@@ -101,10 +101,8 @@ def test_backend(
         )
     from sagellm_ir.runtime.selftest import self_test
 
-    results = []
     with shared.stderr().status(f"testing {name}"):
-        for result in self_test():
-            results.append(result)
+        results = list(self_test())
     if as_json:
         shared.emit_json([asdict(result) for result in results])
     else:

@@ -28,7 +28,7 @@ def register(host: Any) -> None:
             _mount_on_argparse(host)
         elif hasattr(host, "add_typer"):
             _mount_on_typer(host)
-    except Exception as error:  # a plug-in must not take the whole `sage` command down
+    except Exception as error:  # noqa: BLE001  (a plug-in must not take all of `sage` down)
         print(f"sagellm-ir: 'sage {NAME}' is not available: {error}", file=sys.stderr)
 
 

@@ -73,18 +73,6 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
     return digests
 
 
-class _Numbers(dict[K, int]):
-    """A dict that numbers what it has not seen yet."""
-
-    def __init__(self, numbers: "count[int]") -> None:
-        super().__init__()
-        self._numbers = numbers
-
-    def __missing__(self, key: K) -> int:
-        number = self[key] = next(self._numbers)
-        return number
-
-
 class BlockIds:
     """Numbers blocks 0, 1, 2, ... in the order they are first seen.
 
@@ -96,12 +84,17 @@ class BlockIds:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._fresh = count()
-        self._digests: _Numbers[bytes] = _Numbers(self._fresh)
-        self._traces: dict[tuple[Namespace, int], _Numbers[int]] = {}
+        self._digests: dict[bytes, int] = {}
+        self._traces: dict[tuple[Namespace, int], dict[int, int]] = {}
+
+    def _number(self, table: dict[K, int], keys: Sequence[K]) -> tuple[int, ...]:
+        """The numbers of `keys`; new ones get the next. Runs in C but for one test a key."""
+        table.update(zip([key for key in keys if key not in table], self._fresh, strict=False))
+        return tuple(map(table.__getitem__, keys))
 
     def of_digest(self, digest: bytes) -> int:
         """The id of the block with this chain hash, for example one that an engine reports."""
-        return self._digests[digest]
+        return self._number(self._digests, [digest])[0]
 
     def of_tokens(self, tokens: Sequence[int], namespace: Namespace) -> tuple[int, ...]:
         """The ids of the full blocks of a prompt.
@@ -110,7 +103,7 @@ class BlockIds:
             ValueError: a token is not in `[0, 2**32)`.
         """
         digests = chain_hashes(tokens, self.block_size, namespace)
-        return tuple(map(self._digests.__getitem__, digests))
+        return self._number(self._digests, digests)
 
     def of_trace(self, prompt: TracePrompt, namespace: Namespace) -> tuple[int, ...]:
         """The ids of the full blocks of a trace's prompt.
@@ -127,9 +120,6 @@ class BlockIds:
             message = f"the trace has blocks of {given} tokens, the target blocks of {size}"
             help_ = f"choose a block_size that divides {given} or is a multiple of it"
             raise SageIRError(Diagnostic(message, help=help_))
-        numbers = self._traces.get((namespace, given))
-        if numbers is None:
-            numbers = self._traces[namespace, given] = _Numbers(self._fresh)
         full = prompt.length // size
         keys: Sequence[int] = prompt.blocks
         if size > given:
@@ -137,5 +127,6 @@ class BlockIds:
         elif size < given:
             parts = range(given // size)
             keys = [block * len(parts) + part for block in keys for part in parts]
-        known = tuple(map(numbers.__getitem__, keys[:full]))
+        table = self._traces.setdefault((namespace, given), {})
+        known = self._number(table, keys[:full])
         return known + tuple(next(self._fresh) for _ in range(full - len(known)))

@@ -8,16 +8,18 @@ import pytest
 from sagellm_ir.build import Built, ByteTokenizer, build
 from sagellm_ir.presets import load_target
 from sagellm_ir.requests import load_requests
+from sagellm_ir.text import parse_graph, print_graph
+from sagellm_ir.verify import verify
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHARE = {
-    "agent_session.jsonl": True,
-    "batch_api.jsonl": True,
-    "chat_shared_document.jsonl": True,
-    "mixed_priority.jsonl": True,
-    "tokens.jsonl": True,
-    "trace_sample.jsonl": True,
-}
+NAMES = [
+    "agent_session.jsonl",
+    "batch_api.jsonl",
+    "chat_shared_document.jsonl",
+    "mixed_priority.jsonl",
+    "tokens.jsonl",
+    "trace_sample.jsonl",
+]
 
 
 def built(name: str) -> Built:
@@ -28,10 +30,17 @@ def built(name: str) -> Built:
 
 
 def test_every_example_is_listed_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.jsonl")} == set(SHARE)
+    assert {path.name for path in EXAMPLES.glob("*.jsonl")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", SHARE)
+@pytest.mark.parametrize("name", NAMES)
+def test_example_builds_a_legal_graph(name: str) -> None:
+    graph = built(name).graph
+    verify(graph)
+    assert parse_graph(print_graph(graph)) == graph
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_example_shares_prefixes(name: str) -> None:
     blocks = [block for request in built(name).graph.requests for block in request.blocks]
     assert len(set(blocks)) < len(blocks)

@@ -56,8 +56,8 @@ def to_mermaid(graph: IRGraph) -> str:
         return '"' + text.replace('"', "#quot;").replace("|", "<br/>") + '"'
 
     lines = ["flowchart LR"]
-    for kind in sorted({node.kind for node in graph.nodes}):
-        lines.append(f"  classDef {kind} fill:{COLOURS.get(kind, OTHER)},stroke:#555")
+    kinds = sorted({node.kind for node in graph.nodes})
+    lines += [f"  classDef {kind} fill:{COLOURS.get(kind, OTHER)},stroke:#555" for kind in kinds]
     for index, node in enumerate(graph.nodes):
         lines.append(f"  n{index}[{quoted(_label(node))}]:::{node.kind}")
     for source, sink, is_data in _edges(graph):

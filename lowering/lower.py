@@ -19,6 +19,7 @@ from sagellm_ir.lowering.plan import (
     ExecutionPlan,
     KVFree,
     KVMove,
+    LiveBlock,
     PlanRequest,
     PlanStep,
     PrefillChunk,
@@ -36,6 +37,7 @@ def lower(
     tokens: Mapping[str, Sequence[int]] | None = None,
     *,
     resident: Sequence[Resident] | None = None,
+    live: Sequence[LiveBlock] = (),
     retain: bool = False,
 ) -> ExecutionPlan:
     """Assign blocks, and turn each scheduled step into a `PlanStep`.
@@ -47,6 +49,8 @@ def lower(
         tokens: prompt token ids by request id; requests left out get none (a trace).
         resident: where the content of the graph's `cache` lines is; left out, each tier holds it
             in its first blocks.
+        live: unfinished blocks of requests that go on. A prefill that starts with such a block
+            computes only the tokens behind those it holds; it is a loss, not an error, if none does.
         retain: keep the prompt blocks of dead values as cache, and free them only when their
             space is needed, least recently used first.
 
@@ -60,7 +64,7 @@ def lower(
                 help="run the pass 'schedule' last, and 'evict' after it when KV is short",
             )
         )
-    return _Lowering(graph, resident, retain).plan(tokens or {})
+    return _Lowering(graph, resident, live, retain).plan(tokens or {})
 
 
 class _Batch:
@@ -101,10 +105,16 @@ class _Batch:
 class _Lowering:
     """One run of `lower`."""
 
-    def __init__(self, graph: IRGraph, resident: Sequence[Resident] | None, retain: bool) -> None:
-        self.graph = graph
+    def __init__(
+        self,
+        graph: IRGraph,
+        resident: Sequence[Resident] | None,
+        live: Sequence[LiveBlock],
+        retain: bool,
+    ) -> None:
+        self.graph, self.live = graph, tuple(live)
         self.flat = FlatGraph(graph)
-        self.pools = Pools(graph, self.flat, resident, retain)
+        self.pools = Pools(graph, self.flat, resident, live, retain)
         self.cost = CostModel(graph.target)
         self.batches = {worker.name: _Batch(self.flat) for worker in graph.target.workers}
         self.order = {request.id: number for number, request in enumerate(graph.requests)}
@@ -119,6 +129,7 @@ class _Lowering:
         steps = [self.step(index, loops) for index, loops in enumerate(self.graph.loops)]
         if steps:
             self.pools.release(self.flat.dead.get(len(steps), ()))
+            self.pools.drop_live()
             worker = steps[-1].worker
             if frees := self.pools.take_frees(worker):
                 steps.append(PlanStep(len(steps), worker, frees, loops=0))
@@ -140,7 +151,7 @@ class _Lowering:
         )
         retained = self.pools.content()
         name, target = self.graph.name, self.graph.target
-        return ExecutionPlan(name, target, requests, tuple(steps), resident, retained)
+        return ExecutionPlan(name, target, requests, tuple(steps), resident, self.live, retained)
 
     def step(self, index: int, loops: int) -> PlanStep:
         """One step: what ends, what moves, what is bound, what runs."""
@@ -235,12 +246,12 @@ class _Lowering:
         for i in prefills:
             node = self.flat.kv(i)
             name = self.heir(i)
-            self.pools.allocate(i)
+            begin = self.pools.resume(i, name)
             self.bind(i, name, binds)
             row = self.order[name]
             earlier = chunks.get(row)
             if earlier is None:
-                chunks[row] = PrefillChunk(name, node.start, node.stop)
+                chunks[row] = PrefillChunk(name, begin, node.stop)
                 batch.shared.enter(i, 2 * row, name)
                 entered.append((i, 2 * row))
             else:

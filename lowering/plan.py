@@ -12,6 +12,7 @@ __all__ = [
     "ExecutionPlan",
     "KVFree",
     "KVMove",
+    "LiveBlock",
     "PlanRequest",
     "PlanStep",
     "PrefillChunk",
@@ -66,6 +67,20 @@ class Resident:
     ids: tuple[int, ...]
     blocks: tuple[int, ...]
     """As many as `ids`, least recently used first."""
+    worker: str | None = None
+    """None: the first worker of the target."""
+
+
+@frozen
+class LiveBlock:
+    """The unfinished last block of a request that ran before the plan, on the device.
+
+    With the resident blocks before it, it holds the KV of the request's first `tokens` tokens.
+    """
+
+    request: str
+    block: int
+    tokens: int
     worker: str | None = None
     """None: the first worker of the target."""
 
@@ -154,6 +169,8 @@ class ExecutionPlan:
     steps: tuple[PlanStep, ...]
     resident: tuple[Resident, ...] = ()
     """What each tier must hold before the plan starts (the engine's cache it was compiled for)."""
+    live: tuple[LiveBlock, ...] = ()
+    """Requests that go on inside a block; their full blocks are resident."""
     retained: tuple[Resident, ...] = ()
     """What each tier still holds, as cache, after the last step. Everything else is free then."""
     version: int = PLAN_VERSION

@@ -6,7 +6,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.allocator import BlockPool, Run, expand
 from sagellm_ir.lowering.flat import NONE, FlatGraph
-from sagellm_ir.lowering.plan import KVFree, Resident
+from sagellm_ir.lowering.plan import KVFree, LiveBlock, Resident
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE
 
@@ -64,6 +64,7 @@ class Pools:
 
     Args:
         resident: where cached content is; None puts it in the first blocks of its tier.
+        live: unfinished blocks of requests that go on.
         retain: keep the prompt blocks of dead values as cache.
 
     Raises:
@@ -75,6 +76,7 @@ class Pools:
         graph: IRGraph,
         flat: FlatGraph,
         resident: Sequence[Resident] | None,
+        live: Sequence[LiveBlock],
         retain: bool,
     ) -> None:
         self.own: list[tuple[int, ...]] = [()] * len(graph.nodes)
@@ -91,6 +93,9 @@ class Pools:
         """Fetches from cache off the device, whose pins end before the next step."""
         self._reach = self._filled() if retain else []
         self._load(_first_blocks(graph) if resident is None else resident)
+        self._live = {block.request: block for block in live}
+        for block in live:
+            self._reserve(DEVICE, block.worker, (block.block,))
         self._pin()
 
     def allocate(self, i: int) -> None:
@@ -100,12 +105,43 @@ class Pools:
             SageIRError: the tier is full.
         """
         flat = self._flat
-        count = flat.blocks[i]
+        before = self.own[flat.parent[i]] if flat.parent[i] != NONE else ()
+        self._take(i, flat.blocks[i], before[-1] + 1 if before else -1)
+
+    def resume(self, i: int, name: str) -> int:
+        """Allocate for prefill `i` of request `name`; if that starts in the request's live block,
+        take that block too. Returns where the tokens to compute begin."""
+        flat = self._flat
+        node, live = flat.kv(i), self._live.get(name)
+        size = self._graph.target.block_size
+        here = live and (live.worker or self._default) == flat.worker[i]
+        if not live or not here or node.start != live.tokens // size * size:
+            self.allocate(i)
+            return node.start
+        if node.stop <= live.tokens:
+            self.drop_live()
+            self.allocate(i)
+            return node.start
+        del self._live[name]
+        self._take(i, flat.blocks[i] - 1, live.block + 1)
+        self._runs[i] = [(live.block, 1), *self._runs.get(i, [])]
+        self.own[i] = expand(self._runs[i])
+        return live.tokens
+
+    def drop_live(self) -> None:
+        """Give up the live blocks that nothing has resumed: their tokens are computed again."""
+        for live in self._live.values():
+            self._pools[DEVICE, live.worker or self._default].give([(live.block, 1)])
+        self._live.clear()
+
+    def _take(self, i: int, count: int, near: int) -> None:
         if not count:
             return
-        before = self.own[flat.parent[i]] if flat.parent[i] != NONE else ()
         pool = self._pool(i)
-        runs = pool.take(count, before[-1] + 1 if before else -1)
+        runs = pool.take(count, near)
+        if runs is None and self._live:
+            self.drop_live()
+            runs = pool.take(count, near)
         if runs is None:
             raise self._full(i, pool)
         self._runs[i] = runs
@@ -167,14 +203,18 @@ class Pools:
             pool = self._pools.get((held.tier, held.worker or self._default))
             if pool is None or len(held.ids) != len(held.blocks):
                 raise _bad_cache(f"of tier {held.tier!r} names no tier of a worker of the target")
-            try:
-                pool.free.reserve(held.blocks)
-            except ValueError:
-                raise _bad_cache(
-                    f"of tier {held.tier!r} does not fit its {pool.free.capacity} blocks"
-                ) from None
+            self._reserve(held.tier, held.worker, held.blocks)
             pool.block_of.update(zip(held.ids, held.blocks, strict=True))
             pool.idle.update(dict.fromkeys(held.ids))
+
+    def _reserve(self, tier: str, worker: str | None, blocks: tuple[int, ...]) -> None:
+        pool = self._pools[tier, worker or self._default]
+        try:
+            pool.free.reserve(blocks)
+        except ValueError:
+            raise _bad_cache(
+                f"of tier {tier!r} does not fit its {pool.free.capacity} blocks"
+            ) from None
 
     def _pin(self) -> None:
         flat = self._flat

@@ -122,7 +122,6 @@ class _FrontEnd:
         self.errors: list[Diagnostic] = []
         tier = target.tier(DEVICE)
         self.pool = tier.blocks if tier else 0
-        self.room = self.pool * target.block_size
         self.namespaces: dict[tuple[str | None, str | None], Namespace] = {}
 
     def declare(self, requests: Sequence[Request]) -> tuple[RequestDecl, ...]:
@@ -137,10 +136,7 @@ class _FrontEnd:
                 found = error.diagnostics[0]
                 self.error(request, found.message, found.help)
                 continue
-            decl = self.decl(request, length, blocks)
-            if decl.stop > self.room:
-                self.too_long(request, decl)
-            decls[request.id] = decl
+            decls[request.id] = self.decl(request, length, blocks)
         return tuple(decls.values())
 
     def decl(self, request: Request, length: int, blocks: tuple[int, ...]) -> RequestDecl:
@@ -166,12 +162,10 @@ class _FrontEnd:
             namespace = self.namespaces[key] = Namespace(self.target.model.name, *key)
         prompt = request.prompt
         if isinstance(prompt, TracePrompt):
-            if prompt.length < 1:
-                raise _wrong("its prompt is empty", "a prompt has at least one token")
+            self.fits(request, prompt.length)
             return prompt.length, self.block_ids.of_trace(prompt, namespace)
         tokens = self.tokenise(prompt)
-        if not tokens:
-            raise _wrong("its prompt is empty", "a prompt has at least one token")
+        self.fits(request, len(tokens))
         vocab = self.target.model.vocab
         if min(tokens) < 0 or max(tokens) >= vocab:
             odd = next(token for token in tokens if not 0 <= token < vocab)
@@ -190,14 +184,19 @@ class _FrontEnd:
             return tuple(self.tokenizer.apply_chat_template(prompt.messages))
         return tuple(self.tokenizer.encode(prompt.text))
 
-    def too_long(self, request: Request, decl: RequestDecl) -> None:
-        needed = -(-decl.stop // self.target.block_size)
-        message = (
-            f"it needs {needed} blocks of {self.target.block_size} tokens (prompt "
-            f"{decl.prompt_len} + max_new {decl.max_new_tokens}), and target "
-            f"{self.target.name!r} has {self.pool} on the device"
-        )
-        self.error(request, message, "lower max_new_tokens, shorten the prompt or enlarge the tier")
+    def fits(self, request: Request, length: int) -> None:
+        """Refuses a prompt that is empty or, with its answer, larger than the KV pool."""
+        if length < 1:
+            raise _wrong("its prompt is empty", "a prompt has at least one token")
+        stop, size = length + request.max_new_tokens, self.target.block_size
+        if stop > self.pool * size:
+            message = (
+                f"it needs {-(-stop // size)} blocks of {size} tokens (prompt {length} + max_new "
+                f"{request.max_new_tokens}), and target {self.target.name!r} has {self.pool} on "
+                "the device"
+            )
+            help_ = "lower max_new_tokens, shorten the prompt or enlarge the tier"
+            raise _wrong(message, help_)
 
     def error(self, request: Request, message: str, help_: str) -> None:
         text = f"request {request.id!r}: {message}"

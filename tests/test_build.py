@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.build import Built, ByteTokenizer, build
@@ -24,6 +24,8 @@ from sagellm_ir.request import (
 from sagellm_ir.target import DEVICE, ModelSpec, Target, Tier
 from sagellm_ir.text import parse_graph, print_graph
 
+# No deadline: a busy machine is not a bug.
+QUICK = settings(deadline=None, max_examples=50)
 SMALL = Target(block_size=4, tiers=(Tier(DEVICE, 8),))
 
 
@@ -95,6 +97,7 @@ def test_a_trace_has_blocks_and_no_tokens() -> None:
     assert (decl.prompt_len, decl.blocks) == (7, (0,))
 
 
+@QUICK
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), max_size=6))
 def test_blocks_are_equal_exactly_when_prefixes_are(prompts: list[list[int]]) -> None:
     requests = [request(f"r{at}", tokens) for at, tokens in enumerate(prompts)]
@@ -164,6 +167,7 @@ def test_turns_of_a_session_run_in_arrival_order() -> None:
     ]
 
 
+@QUICK
 @given(st.lists(st.tuples(st.sampled_from([None, "s", "t"]), st.integers(0, 3)), max_size=8))
 def test_nodes_are_in_topological_order(turns: list[tuple[str | None, int]]) -> None:
     requests = [
@@ -215,6 +219,11 @@ def test_a_request_larger_than_the_pool() -> None:
     assert len(build([request("fits", range(29))], SMALL).graph.nodes) == 2
 
 
+def test_an_absurd_length_is_refused_before_blocks_are_numbered() -> None:
+    trace = Request("a", prompt=TracePrompt((), 10**15, 10**16))
+    assert "it needs 250000000000032 blocks" in refusal(trace)
+
+
 def test_text_without_a_tokenizer() -> None:
     text = refusal(Request("a", prompt=TextPrompt("x")))
     assert "request 'a': its prompt is text, and there is no tokenizer" in text
@@ -240,7 +249,7 @@ def test_an_id_used_twice() -> None:
 
 
 def test_a_trace_whose_blocks_do_not_fit_names_the_request() -> None:
-    text = refusal(Request("a", prompt=TracePrompt((1,), 6, 6)))
+    text = refusal(Request("a", prompt=TracePrompt((1,), 6, 6), max_new_tokens=1))
     assert "request 'a': the trace has blocks of 6 tokens, the target blocks of 4" in text
     assert "help: choose a block_size that divides 6 or is a multiple of it" in text
 

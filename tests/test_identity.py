@@ -3,13 +3,15 @@
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.identity import DIGEST_SIZE, BlockIds, Namespace, chain_hashes
 from sagellm_ir.request import TracePrompt
 
+# No deadline: a busy machine is not a bug.
+QUICK = settings(deadline=None, max_examples=50)
 HERE = Namespace("m")
 # Few tokens and short prompts, so that prefixes really are equal now and then.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), max_size=24), min_size=2, max_size=6)
@@ -17,6 +19,7 @@ NAMES = st.sampled_from([None, "", "a", "b", "ab"])
 NAMESPACES = st.builds(Namespace, st.sampled_from(["m", "n", ""]), NAMES, NAMES)
 
 
+@QUICK
 @given(PROMPTS, st.integers(1, 5), st.lists(NAMESPACES, min_size=6, max_size=6))
 def test_equal_ids_exactly_for_equal_prefixes_in_one_namespace(
     prompts: list[list[int]], size: int, namespaces: list[Namespace]
@@ -31,6 +34,7 @@ def test_equal_ids_exactly_for_equal_prefixes_in_one_namespace(
     assert len(blocks) == len(set.union(set(), *blocks.values()))
 
 
+@QUICK
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=64), st.integers(1, 9))
 def test_one_digest_for_each_full_block(tokens: list[int], size: int) -> None:
     digests = chain_hashes(tokens, size, HERE)
@@ -40,6 +44,7 @@ def test_one_digest_for_each_full_block(tokens: list[int], size: int) -> None:
     assert chain_hashes([*tokens, 1, 2, 3], size, HERE)[: len(digests)] == digests
 
 
+@QUICK
 @given(st.lists(NAMESPACES, min_size=2, max_size=4, unique=True))
 def test_namespaces_never_share(namespaces: list[Namespace]) -> None:
     tokens = list(range(32))
@@ -85,6 +90,7 @@ def test_a_trace_counts_full_blocks_only() -> None:
     assert ids.of_trace(TracePrompt((1,), 511, 512), HERE) == ()
 
 
+@QUICK
 @given(st.lists(NAMESPACES, min_size=2, max_size=2, unique=True))
 def test_namespaces_of_a_trace_never_share(namespaces: list[Namespace]) -> None:
     ids = BlockIds(64)
@@ -103,6 +109,7 @@ def test_traces_of_two_block_sizes_do_not_share() -> None:
 
 # A trace is made from real token prompts: its ids are the chain hashes of its own block size. Seen
 # through blocks of any other size that fits, it must share exactly what the prompts share.
+@QUICK
 @given(PROMPTS, st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 4), (1, 4), (2, 6)]))
 def test_other_block_sizes_keep_the_sharing(
     prompts: list[list[int]], sizes: tuple[int, int]

@@ -1,6 +1,5 @@
 """`Fields`: one record's fields, read with checks whose messages name the field."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -10,6 +9,8 @@ from sagellm_ir.nodes import Location
 __all__ = ["Fields"]
 
 _SHOWN = 40
+_LARGEST = 10**18 - 1
+"""No count, id or time of a request needs more than 18 digits."""
 
 
 class Fields:
@@ -42,12 +43,14 @@ class Fields:
         return found, value
 
     def integer(self, *names: str, default: int | None = None, least: int | None = None) -> Any:
-        """A whole number, `least` or more."""
+        """A whole number, `least` or more, of 18 digits at most."""
         name, value = self.get(*names)
         if value is None:
             return default
-        if type(value) is not int or (least is not None and value < least):
-            bound = "" if least is None else f" of at least {least}"
+        low = -_LARGEST if least is None else least
+        if type(value) is not int or not low <= value <= _LARGEST:
+            huge = type(value) is int and abs(value) > _LARGEST
+            bound = " of at most 18 digits" if huge else _at_least(least)
             self.expected(name, f"a whole number{bound}", value)
         return value
 
@@ -58,16 +61,13 @@ class Fields:
             self.expected(name, f"a whole number of at least {least}", None)
         return value
 
-    def number(
-        self, *names: str, default: float | None = None, least: float = 0.0, most: float = math.inf
-    ) -> Any:
-        """A finite number in `[least, most]`."""
+    def number(self, *names: str, default: float | None = None, most: float = _LARGEST) -> Any:
+        """A number in `[0, most]`."""
         name, value = self.get(*names)
         if value is None:
             return default
-        if type(value) not in (int, float) or not (least <= value <= most) or math.isinf(value):
-            top = "" if most == math.inf else f" and at most {most:g}"
-            self.expected(name, f"a number of at least {least:g}{top}", value)
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            self.expected(name, f"a number from 0 to {most:g}", value)
         return value
 
     def text(self, *names: str) -> str | None:
@@ -103,10 +103,15 @@ class Fields:
 
     def expected(self, name: str, what: str, value: Any) -> NoReturn:
         """Raises: `name` should have been `what`."""
-        shown = repr(value)
+        huge = type(value) is int and abs(value) > _LARGEST
+        shown = "a larger one" if huge else repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
         self.fail(name, f"expected {what}, got {shown}")
 
     def fail(self, name: str, message: str, help_: str = "") -> NoReturn:
         """Raises: something is wrong with the field `name` of this record."""
         raise SageIRError(Diagnostic(f"{self.prefix}{name}: {message}", self.loc, help=help_))
+
+
+def _at_least(least: int | None) -> str:
+    return "" if least is None else f" of at least {least}"

@@ -10,6 +10,7 @@
 | anything else | an OpenAI chat/completions body, plus the fields of `Request` |
 """
 
+import re
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
@@ -38,6 +39,7 @@ _MAX_NEW = ("max_new_tokens", "max_completion_tokens", "max_tokens")
 _COMMON = frozenset(
     {*_ID, *_SESSION, *_MAX_NEW, "priority", "deadline", "adapter", "tenant", "arrival"}
 )
+_COUNT = re.compile(r"[0-9]{1,18}")
 _TRACE_ID = (1 << 53) - 1
 _GREEDY = Sampling()
 
@@ -211,7 +213,7 @@ def _azure(fields: Fields) -> Draft:
     row: dict[str, Any] = dict(fields.values)
     for name in ("ContextTokens", "GeneratedTokens"):
         text = row.get(name)
-        row[name] = int(text) if isinstance(text, str) and text.isdecimal() else text
+        row[name] = int(text) if isinstance(text, str) and _COUNT.fullmatch(text) else text
     fields = Fields(row, fields.loc)
     prompt = TracePrompt((), fields.required("ContextTokens", 1), MOONCAKE_BLOCK)
     answer = fields.required("GeneratedTokens", 0)

@@ -55,7 +55,10 @@ BAD: list[tuple[Any, str]] = [
         "messages[0].content[0].text: expected a text, got None",
     ),
     ({"prompt": "x", "max_tokens": "ten"}, "max_tokens: expected a whole number of at least 1"),
-    ({"prompt": "x", "max_tokens": 0}, "max_tokens: expected a whole number of at least 1, got 0"),
+    (
+        {"prompt": "x", "max_tokens": 0},
+        "max_tokens: expected a whole number of at least 1, got 0",
+    ),
     ({"prompt": "x", "max_tokens": 1.0}, "max_tokens: expected a whole number of at least 1"),
     (
         {"prompt": "x", "max_tokens": 4, "max_new_tokens": 5},
@@ -63,15 +66,35 @@ BAD: list[tuple[Any, str]] = [
     ),
     ({"prompt": "x", "n": 0}, "n: expected a whole number of at least 1, got 0"),
     ({"prompt": "x", "n": 10**9}, "n: expected at most 1024, got 1000000000"),
-    ({"prompt": "x", "priority": "high"}, "priority: expected a whole number, got 'high'"),
-    ({"prompt": "x", "arrival": -1}, "arrival: expected a number of at least 0, got -1"),
-    ({"prompt": "x", "deadline": True}, "deadline: expected a number of at least 0, got True"),
-    ({"prompt": "x", "arrival": float("inf")}, "arrival: expected a number of at least 0, got inf"),
-    ({"prompt": "x", "arrival": float("nan")}, "arrival: expected a number of at least 0, got nan"),
-    ({"prompt": "x", "temperature": -1}, "temperature: expected a number of at least 0, got -1"),
-    ({"prompt": "x", "top_p": 2}, "top_p: expected a number of at least 0 and at most 1, got 2"),
+    (
+        {"prompt": "x", "priority": "high"},
+        "priority: expected a whole number, got 'high'",
+    ),
+    ({"prompt": "x", "arrival": -1}, "arrival: expected a number from 0 to 1e+18, got -1"),
+    ({"prompt": "x", "deadline": True}, "deadline: expected a number from 0 to 1e+18, got True"),
+    (
+        {"prompt": "x", "arrival": float("inf")},
+        "arrival: expected a number from 0 to 1e+18, got inf",
+    ),
+    (
+        {"prompt": "x", "arrival": float("nan")},
+        "arrival: expected a number from 0 to 1e+18, got nan",
+    ),
+    ({"prompt": "x", "temperature": -1}, "temperature: expected a number from 0 to 1e+18, got -1"),
+    ({"prompt": "x", "top_p": 2}, "top_p: expected a number from 0 to 1, got 2"),
     ({"prompt": "x", "top_p": 0}, "top_p: expected a number above 0 and at most 1, got 0"),
-    ({"prompt": "x", "top_k": -2}, "top_k: expected a whole number of at least -1, got -2"),
+    (
+        {"prompt": "x", "top_k": -2},
+        "top_k: expected a whole number of at least -1, got -2",
+    ),
+    (
+        {"prompt": "x", "arrival": 10**400},
+        "arrival: expected a number from 0 to 1e+18, got a larger",
+    ),
+    (
+        {"prompt": "x", "seed": 10**18},
+        "seed: expected a whole number of at most 18 digits, got a larger",
+    ),
     ({"prompt": "x", "seed": "a"}, "seed: expected a whole number, got 'a'"),
     ({"prompt": "x", "stop": 5}, "stop: expected a text or a list of texts"),
     ({"prompt": "x", "stop": ["a", ""]}, "stop: expected a text or a list of texts"),
@@ -81,14 +104,20 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "x", "id": "a" * 257}, "id: expected a text of 1 to 256 characters"),
     ({"prompt": "x", "id": "a\nb"}, "id: expected a text of printable characters"),
     ({"prompt": "x", "id": [1]}, "id: expected a text of 1 to 256 characters, got [1]"),
-    ({"prompt": "x", "timestamp": "now"}, "timestamp: expected a number of at least 0, got 'now'"),
+    (
+        {"prompt": "x", "timestamp": "now"},
+        "timestamp: expected a number from 0 to 1e+18, got 'now'",
+    ),
     ({"custom_id": "a", "body": "x"}, "body: expected an object, got 'x'"),
     ({"custom_id": "a", "method": "GET", "body": {}}, "method: expected 'POST', got 'GET'"),
     (
         {"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}},
         "url: expected '/v1/chat/completions' or '/v1/completions', got '/v1/embeddings'",
     ),
-    ({"hash_ids": [1]}, "input_length: expected a whole number of at least 1, got None"),
+    (
+        {"hash_ids": [1]},
+        "input_length: expected a whole number of at least 1, got None",
+    ),
     ({"hash_ids": [1], "input_length": 0}, "input_length: expected a whole number of at least 1"),
     ({"hash_ids": 5, "input_length": 9}, "hash_ids: expected a list of block ids, got 5"),
     ({"hash_ids": [-1], "input_length": 9}, "hash_ids[0]: expected a whole number from 0"),
@@ -111,7 +140,7 @@ BAD: list[tuple[Any, str]] = [
     ({"requests": [TURN, {**TURN, "in": "x"}]}, "requests[1].in: expected a whole number"),
     (
         {"requests": [{"t": 1, "requests": [{**TURN, "t": -1}]}]},
-        "requests[0].requests[0].t: expected a number of at least 0, got -1",
+        "requests[0].requests[0].t: expected a number from 0 to 1e+18, got -1",
     ),
     (DEEP, "requests: sub-agents are nested more than 16 deep"),
     (

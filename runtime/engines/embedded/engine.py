@@ -71,7 +71,7 @@ class EmbeddedEngine:
         """See `InferenceBackend`. Tiers other than `device` lie in host memory, of any name."""
         return Capability(engine="embedded", max_model_len=None)
 
-    def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:  # noqa: B008
+    def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
         """Make a request known.
 
         Raises:
@@ -248,12 +248,11 @@ class EmbeddedEngine:
         place = {item.sequence.request.id: i for i, item in enumerate(work)}
         shared = []
         for group in step.groups:
-            members = tuple(place[name] for name in group.requests if name in place)
-            if len(members) < 2:
-                continue
+            found = (place[name] for name in group.requests if name in place)
+            # A chunk that is just computing these tokens reads them fresh.
+            members = tuple(i for i in found if rows[i].context >= group.stop)
             spans = [rows[i].table.spans(group.start, group.stop) for i in members]
-            short = any(rows[i].context < group.stop for i in members)
-            if short or any(span != spans[0] for span in spans):
+            if any(span != spans[0] for span in spans):
                 raise SageIRError(
                     Diagnostic(
                         f"step {step.index} groups requests {', '.join(group.requests)} on tokens "

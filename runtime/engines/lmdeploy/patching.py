@@ -188,10 +188,13 @@ def _replace(path: Path, text: str | None) -> None:
         path.unlink(missing_ok=True)
         return
     fresh = path.with_name(f".{path.name}.sagellm-ir")
-    fresh.write_bytes(text.encode())
-    if path.exists():
-        shutil.copymode(path, fresh)
-    os.replace(fresh, path)
+    try:
+        fresh.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, fresh)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> str | None:

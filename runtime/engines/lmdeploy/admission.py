@@ -1,0 +1,159 @@
+"""Rows of a planned step, admitted to LMDeploy: blocks, chunk lengths, groups.
+
+What is admitted must run: its blocks are in the trie before they are computed, so that rows of the
+same forward can share them (a forward writes the KV of all rows before it reads any, layer by layer).
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from lmdeploy.messages import EventType
+from lmdeploy.pytorch.messages import MessageStatus
+
+from sagellm_ir.lowering.plan import PrefillChunk, PrefixGroup
+from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
+
+__all__ = ["Admission", "PartialPrefills", "group_rows"]
+
+
+class Admission:
+    """Admits rows one by one, as long as they fit."""
+
+    def __init__(self, kv: KVManager) -> None:
+        self.kv = kv
+        self.scheduler = kv.scheduler
+        self.partial: set[int] = set()
+        """Sequences whose chunk in flight ends before what is known of them."""
+
+    def prefill(self, rows: Iterable[tuple[Any, PrefillChunk]]) -> list[Any]:
+        """Admit prefill rows in order; those that do not fit are left waiting, as they were.
+
+        The token budget counts what is computed, after the match (B5).
+        """
+        pairs = list(rows)
+        budget = self.scheduler.cache_config.max_prefill_token_num
+        members = {seq.seq_id for seq, _ in pairs}
+        admitted: list[Any] = []
+        tokens = 0
+        for seq, chunk in pairs:
+            before = self.kv.snapshot(seq)
+            self.scheduler.block_trie.match(seq)
+            known, computed = seq.num_all_ids, seq.num_history_ids
+            wanted = min(chunk.stop, known) - computed
+            fits = not admitted or tokens + wanted <= budget
+            if wanted <= 0:  # the trie held all of this chunk
+                continue
+            seq._num_token_ids = wanted
+            if not fits or not self._room(seq, 0, members):
+                seq._num_token_ids = known - computed
+                self.kv.undo(seq, before)  # B4
+                continue
+            self._run(seq)
+            if computed + wanted < known:
+                self.partial.add(seq.seq_id)
+            admitted.append(seq)
+            tokens += wanted
+        return admitted
+
+    def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
+        """Admit decode rows for `loops` tokens each; those without room keep running, later."""
+        members = {seq.seq_id for seq in seqs}
+        admitted = []
+        for seq in seqs:
+            if self._room(seq, loops, members):
+                self.scheduler.block_manager.allocate(seq, loops)
+                self.scheduler.block_trie.allocate(seq)
+                admitted.append(seq)
+        return admitted
+
+    def _run(self, seq: Any) -> None:
+        self.scheduler.block_manager.allocate(seq, 0)
+        self.scheduler.block_trie.allocate(seq, replace=False)
+        seq.status = MessageStatus.RUNNING
+        seq.record_event(EventType.SCHEDULED)
+
+    def _room(self, seq: Any, ahead: int, members: set[int]) -> bool:
+        """Have the sequence's blocks on the device, and free ones for what it will compute.
+
+        Cached prefixes go first, then conversations that ended (newest first, as stock does), then
+        sequences that wait and hold blocks, last arrived first; never rows of this step.
+        """
+        if not self.kv.make_resident(seq):
+            return False
+        needed = self.scheduler.block_manager.num_required_blocks(seq, ahead)
+        if self.kv.make_room(needed):
+            return True
+        others = chain(reversed(self.scheduler.hanging), reversed(self.scheduler.waiting))
+        evictable = [other for other in others if other.seq_id not in members]
+        return bool(self.scheduler.eviction_helper.evict_for_seq(seq, evictable, ahead))
+
+
+class PartialPrefills:
+    """A sequence strategy that throws away the token a partial prefill samples.
+
+    Wraps the engine's own; everything but `update_running` is the wrapped one's.
+    """
+
+    def __init__(self, inner: Any, admission: Admission) -> None:
+        self._inner = inner
+        self._admission = admission
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def update_running(
+        self, running: Sequence[Any], batched_outputs: Any, is_decoding: bool
+    ) -> None:
+        """Advance partial rows by their chunk and let them wait for the next; the rest as before."""
+        partial = self._admission.partial
+        rows = [] if is_decoding else [seq for seq in running if seq.seq_id in partial]
+        for seq in rows:
+            if seq.status == MessageStatus.LOCKED:
+                seq.status = MessageStatus.WAITING  # so that the wrapped one skips it
+        self._inner.update_running(
+            running=running, batched_outputs=batched_outputs, is_decoding=is_decoding
+        )
+        for seq in rows:
+            partial.discard(seq.seq_id)
+            seq._num_history_ids += seq._num_token_ids
+            seq._num_token_ids = len(seq.history_cache) - seq._num_history_ids
+
+
+def group_rows(
+    rows: Sequence[tuple[str, Any]], groups: Iterable[PrefixGroup], block_size: int
+) -> tuple[list[Any], torch.Tensor | None]:
+    """Order rows so that every group's are adjacent; the groups as int32 [groups, 4].
+
+    A group is (first token, end, first row, rows). One whose rows do not hold equal blocks, or of
+    which fewer than two rows are left, is left out: the kernel reads one row's blocks for all.
+    """
+    here = dict(rows)
+    kept = [
+        (group, members)
+        for group in sorted(groups, key=lambda group: (group.start, group.stop))
+        if len(members := [name for name in group.requests if name in here]) > 1
+        and _agree([here[name] for name in members], group, block_size)
+    ]
+    # Groups are a forest: sorting by the groups a row is in, outermost first, makes each a run.
+    places: dict[str, list[int]] = {name: [] for name in here}
+    for place, (_, members) in enumerate(kept):
+        for name in members:
+            places[name].append(place)
+    order = sorted(here, key=lambda name: places[name] or [len(kept)])
+    if not kept:
+        return [here[name] for name in order], None
+    row = {name: at for at, name in enumerate(order)}
+    table = [
+        (group.start, group.stop, min(row[name] for name in members), len(members))
+        for group, members in kept
+    ]
+    return [here[name] for name in order], torch.tensor(table, dtype=torch.int32)
+
+
+def _agree(seqs: Sequence[Any], group: PrefixGroup, block_size: int) -> bool:
+    span = slice(group.start // block_size, group.stop // block_size)
+    tables = {tuple(seq.logical_blocks.get_real_blocks()[span].tolist()) for seq in seqs}
+    whole = group.start % block_size == 0 == group.stop % block_size
+    return whole and len(tables) == 1 and len(tables.pop()) == span.stop - span.start

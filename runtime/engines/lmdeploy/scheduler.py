@@ -1,0 +1,256 @@
+"""Plan steps as LMDeploy's scheduling decisions: the object behind `Scheduler.plan_source`.
+
+A step that cannot be right (unknown requests, spans that were not computed, too many tokens) is
+logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lose a request.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+from lmdeploy.messages import ResponseType
+from lmdeploy.pytorch.messages import MessageStatus
+from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
+
+from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep
+from sagellm_ir.runtime.backend import EngineView, PlanSource
+from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
+from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
+from sagellm_ir.runtime.engines.lmdeploy.view import Names, view_of
+from sagellm_ir.target import DEVICE
+
+__all__ = ["PlanDriver"]
+
+logger = logging.getLogger(__name__)
+
+
+class PlanDriver:
+    """Drives one LMDeploy engine by a `PlanSource`. `attach` starts it, `detach` ends it.
+
+    Args:
+        engine: LMDeploy's `Engine`, patched; without data parallelism, speculative decoding or
+            state-space layers (`ValueError` otherwise).
+        source: where steps come from.
+        names: request ids by session; requests that are not in it are named `session-N`.
+        overlap: ask for the next step while one is in flight. A finished plan can do so; a source
+            that reads the view cannot, as sequences in flight are not in it.
+    """
+
+    def __init__(
+        self, engine: Any, source: PlanSource, names: Names | None = None, overlap: bool = False
+    ) -> None:
+        _check(engine)
+        self.engine = engine
+        self.scheduler = engine.scheduler
+        self.source = source
+        self.names = names or Names()
+        self.overlap = overlap
+        self.kv = KVManager(self.scheduler)
+        self.admission = Admission(self.kv)
+        self.rejected: list[str] = []
+        """Why steps were dropped."""
+        self._todo: deque[PlanStep] = deque()
+        self._block_of: dict[tuple[str, int], int] = {}
+        """LMDeploy's logical block by tier and the plan's block."""
+        engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
+        self.scheduler.plan_source = self
+
+    def detach(self) -> None:
+        """Let LMDeploy schedule by itself again. Not while a prefill chunk is in flight."""
+        self.scheduler.plan_source = None
+        self.engine.seq_strategy = self.engine.seq_strategy._inner
+        self.kv.detach()
+
+    def view(self) -> EngineView:
+        """What the engine reports to the source."""
+        return view_of(self.scheduler, self.names)
+
+    # What the patched scheduler asks.
+
+    def decide_prefill(self) -> bool | None:
+        """Whether the next step is a prefill; None leaves it to LMDeploy."""
+        if self._is_in_flight():
+            return False
+        if not self._todo:
+            self._todo.extend(self._ask())
+        return bool(self._todo[0].prefill) if self._todo else None
+
+    def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
+        """The next step. Empty while it must wait for the one in flight."""
+        if self._is_in_flight():
+            return _output([])
+        output = self._planned(is_prefill, prealloc_size) if self._todo else None
+        if output is None:
+            output = self._stock(is_prefill, prealloc_size)
+        self._answer_aborted()
+        return output
+
+    def _is_in_flight(self) -> bool:
+        return not self.overlap and self.scheduler.num_locked() > 0
+
+    # Steps.
+
+    def _ask(self) -> list[PlanStep]:
+        """The source's next step, as one step for the prefills and one for the decodes of it."""
+        try:
+            step = self.source.next_step(self.view())
+        except Exception:
+            logger.exception("the plan source failed; LMDeploy schedules this step")
+            self.rejected.append("the source failed")
+            return []
+        if step is None:
+            return []
+        if step.prefill and step.decode:  # LMDeploy never mixes the two
+            return [evolve(step, decode=(), groups=()), evolve(step, prefill=(), kv=(), binds=())]
+        return [step]
+
+    def _planned(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput | None:
+        step = self._todo[0]
+        if is_prefill != bool(step.prefill):
+            # A planned prefill admitted nobody, and the engine asks for a decode instead.
+            self._todo.popleft()
+            return None
+        if self._must_wait(step):
+            return _output([])
+        self._todo.popleft()
+        if problem := self._problem(step, prealloc_size):
+            logger.warning("step %d of the plan dropped: %s", step.index, problem)
+            self.rejected.append(problem)
+            return None
+        for item in step.kv:
+            self._move(item)
+        seqs = {name: self._sequence(name) for name in self._named(step)}
+        if is_prefill:
+            ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
+        else:
+            ran = self.admission.decode(list(seqs.values()), step.loops)
+        if not ran:
+            return None
+        self._bind(step.binds)
+        size = self.scheduler.cache_config.block_size
+        rows = [(name, seq) for name, seq in seqs.items() if seq in ran]
+        ordered, groups = group_rows(rows, step.groups, size)
+        output = _output(ordered, *self.kv.blocks.take_swaps())
+        output.loop_count = 1 if is_prefill else step.loops
+        output.prefix_groups = groups
+        return output
+
+    def _must_wait(self, step: PlanStep) -> bool:
+        """Whether a request of the step is in flight or has not arrived, or its moves are not safe."""
+        if step.kv and self.scheduler.num_locked():
+            return True
+        seqs = [
+            self._sequence(name)
+            for name in self._named(step)
+            if self.names.session(name) is not None
+        ]
+        return any(seq is None or seq.status == MessageStatus.LOCKED for seq in seqs)
+
+    def _problem(self, step: PlanStep, prealloc_size: int) -> str:
+        """What is wrong with a step, or nothing."""
+        names = self._named(step)
+        unknown = [name for name in names if self.names.session(name) is None]
+        if unknown:
+            return f"unknown requests {unknown}"
+        if len(names) != len(set(names)):
+            return "a request stands in it twice"
+        rows = {name: self._sequence(name) for name in names}
+        wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
+        for name, seq in rows.items():
+            if seq.status != wanted:
+                return f"{name} is {seq.status.name}, not {wanted.name}"
+        scheduler = self.scheduler
+        taken = scheduler.num_running() + scheduler.num_locked() if step.prefill else 0
+        if len(names) + taken > scheduler.scheduler_config.max_batches:
+            return f"{len(names)} rows are more than the engine runs at once"
+        if not step.prefill:
+            most = max(1, prealloc_size)
+            return "" if 1 <= step.loops <= most else f"{step.loops} forwards; 1 to {most} can run"
+        tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
+        budget = scheduler.cache_config.max_prefill_token_num
+        if tokens > budget and len(names) > 1:
+            return f"{tokens} prompt tokens; the engine takes {budget}"
+        for chunk in step.prefill:
+            known = rows[chunk.request].num_all_ids
+            if not 0 <= chunk.start < chunk.stop <= known:
+                return (
+                    f"{chunk.request}[{chunk.start}:{chunk.stop}] is no span of its {known} tokens"
+                )
+        return ""
+
+    def _named(self, step: PlanStep) -> list[str]:
+        return [chunk.request for chunk in step.prefill] or list(step.decode)
+
+    def _sequence(self, name: str) -> Any:
+        return self.names.sequence(self.scheduler, name)
+
+    # KV, by the plan's names of blocks.
+
+    def _bind(self, binds: Iterable[Bind]) -> None:
+        for bind in binds:
+            seq = self._sequence(bind.request)
+            table = [] if seq is None else seq.logical_blocks.get_real_blocks()[bind.at :].tolist()
+            self._block_of.update(
+                {(DEVICE, b): own for b, own in zip(bind.blocks, table, strict=False)}
+            )
+
+    def _move(self, item: KVMove | KVFree) -> None:
+        """Moves change where blocks are; what a plan frees becomes the first victim."""
+        if isinstance(item, KVFree):
+            own = [self._block_of.pop((item.tier, block), None) for block in item.blocks]
+            freed = np.array([block for block in own if block is not None], dtype=np.int64)
+            self.kv.blocks.allocator._log_mem.access_time[freed] = 0
+            return
+        pairs = [
+            (self._block_of.pop((item.from_tier, src)), dst)
+            for src, dst in zip(item.src, item.dst, strict=True)
+            if (item.from_tier, src) in self._block_of
+        ]
+        self._block_of.update({(item.to_tier, dst): own for own, dst in pairs})
+        alive = [own for own, _ in pairs if self._is_held(own)]
+        if item.to_tier == DEVICE:
+            if self.kv.make_room(len(alive)):
+                self.kv.restore(alive)
+        else:
+            self.kv.spill(alive)
+
+    def _is_held(self, block: int) -> bool:
+        return bool(self.kv.blocks.allocator.get_ref_count(np.array([block]))[0] > 0)
+
+    # LMDeploy's own rules.
+
+    def _stock(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
+        for seq in self.scheduler.waiting if is_prefill else self.scheduler.running:
+            if not self.kv.make_resident(seq):
+                self.kv.release(seq)
+        if not is_prefill and not self.scheduler.has_running():
+            return _output([])  # stock asserts that there is one
+        return self.scheduler.schedule_stock(is_prefill, prealloc_size)
+
+    def _answer_aborted(self) -> None:
+        """Tell the client of a sequence that LMDeploy gave up (B6); stock never does."""
+        for seq in list(self.scheduler.seq_manager.get_sequences(MessageStatus.ABORTED).values()):
+            seq.status = MessageStatus.STOPPED
+            blocks = self.kv.blocks.num_gpu_blocks
+            message = f"the request needs more than the {blocks} KV blocks of the engine"
+            self.engine._response(seq.resp, ResponseType.INTERNAL_ENGINE_ERROR, err_msg=message)
+
+
+def _check(engine: Any) -> None:
+    if engine.dist_config.dp > 1:
+        raise ValueError("plans cannot drive an engine with data parallelism: its ranks alternate")
+    if engine.specdecode_config is not None:
+        raise ValueError("plans cannot drive speculative decoding")
+    if engine.scheduler.is_ssm:
+        raise ValueError("plans cannot drive state-space models: their prefixes cannot be shared")
+
+
+def _output(
+    running: list[Any],
+    swap_in: dict[int, int] | None = None,
+    swap_out: dict[int, int] | None = None,
+) -> SchedulerOutput:
+    return SchedulerOutput(running, swap_in or {}, swap_out or {}, {})

@@ -77,7 +77,7 @@ def step_workers(c: Columns) -> Ints:
         if started[step] != NONE:
             current = int(started[step])
         elif not running[current, step] and running[:, step].any():
-            current = int(running[:, step].argmax() if workers else 0)
+            current = int((running[:, step] > 0).argmax())
         owners[step] = current
     return owners
 

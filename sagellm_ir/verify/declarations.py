@@ -42,29 +42,6 @@ def whole_target(c: Columns) -> Iterator[Finding]:
         yield Finding(f"worker {name!r} is declared twice")
 
 
-def sound_figures(c: Columns) -> Iterator[Finding]:
-    """Speeds and sizes of the target are positive, costs are not negative."""
-    target, model, device = c.graph.target, c.graph.target.model, c.graph.target.device
-    positive: dict[str, float] = {
-        f"model's {name}": getattr(model, name)
-        for name in (
-            *("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab"),
-            "dtype_bytes",
-        )
-    }
-    for name in ("flops", "bandwidth", "allreduce_bandwidth"):
-        positive[f"device's {name}"] = getattr(device, name)
-    costs = {f"tier {tier.name!r}'s latency": tier.latency for tier in target.tiers}
-    costs["device's step_overhead"] = device.step_overhead
-    costs["device's allreduce_latency"] = device.allreduce_latency
-    for what, value in positive.items():
-        if not value > 0:
-            yield Finding(f"the {what} must be positive, but is {value}")
-    for what, value in costs.items():
-        if not value >= 0:
-            yield Finding(f"the {what} must not be negative, but is {value}")
-
-
 def cache_lines(c: Columns) -> Iterator[Finding]:
     """Cache lines name tiers and workers of the target, and hold block ids."""
     for line in c.graph.cache:
@@ -178,7 +155,6 @@ def sound_times(c: Columns) -> Iterator[Finding]:
 LAWS = (
     known_stage,
     whole_target,
-    sound_figures,
     cache_lines,
     unique_requests,
     whole_prompts,

@@ -27,7 +27,7 @@ def spans_inside_requests(c: Columns) -> Iterator[Finding]:
     for i in np.flatnonzero(c.is_kv & ((c.start < low) | (c.stop > high))).tolist():
         node = c.nodes[i]
         assert isinstance(node, KVNode)
-        part = {True: "prompt", bool(c.is_decode[i]): "answer"}.get(bool(c.is_prefill[i]), "tokens")
+        part = "prompt" if c.is_prefill[i] else "answer" if c.is_decode[i] else "tokens"
         yield Finding(
             f"span [{node.start}:{node.stop}] is not inside the {part} "
             f"[{low[i]}:{high[i]}] of @{node.request}",

@@ -73,7 +73,7 @@ def defined_before_use(c: Columns) -> Iterator[Finding]:
 
 
 def _cycle(c: Columns) -> list[str]:
-    """The names along a cycle, the first one again at its end; empty when there is none."""
+    """The names along a cycle, from the earliest one back to it; empty when there is none."""
     digraph: nx.DiGraph[str] = nx.DiGraph()
     for edges in (c.operands, c.after):
         _add(digraph, edges, c.names)
@@ -81,7 +81,9 @@ def _cycle(c: Columns) -> list[str]:
         found = nx.find_cycle(digraph)
     except nx.NetworkXNoCycle:
         return []
-    return [found[0][0], *(edge[1] for edge in found)]
+    names = [edge[0] for edge in found]
+    first = min(range(len(names)), key=lambda k: c.index[names[k]])
+    return [*names[first:], *names[: first + 1]]
 
 
 def _add(digraph: "nx.DiGraph[str]", edges: Edges, names: list[str]) -> None:
@@ -139,7 +141,7 @@ def _expected_operands(node: IRNode, count: int) -> str:
         prefix = " and its prefix where it lands" if node.to == DEVICE and node.start else ""
         return f"a kv_migrate that starts at {node.start} takes its source{prefix}, not {count} operands"
     if not isinstance(node, KVNode):
-        return f"a {node.kind} takes at least one operand"
+        return f"{node.kind} takes at least one operand"
     source = "a source or none" if isinstance(node, KVFetch) else ""
     prefix = "its prefix" if node.start else ""
     wanted = ", and ".join(part for part in (source, prefix) if part) or "no operands"
@@ -154,10 +156,10 @@ def operand_kinds(c: Columns) -> Iterator[Finding]:
     wrong = (wrong_kv | wrong_sum) & (target != NONE)
     for edge in np.flatnonzero(wrong).tolist():
         node, operand = c.nodes[user[edge]], c.nodes[target[edge]]
-        wanted = "KV" if isinstance(node, KVNode) else "a prefill or a decode"
+        wanted = "KV" if isinstance(node, KVNode) else "prefills and decodes"
         yield Finding(
-            f"a {node.kind} takes {wanted}, but %{operand.name} is a {operand.kind} "
-            f"of type {operand.type}",
+            f"{node.kind} takes {wanted}, but %{operand.name} is of kind {operand.kind} "
+            f"and type {operand.type}",
             int(user[edge]),
         )
 

@@ -1,0 +1,142 @@
+"""Putting steps into a schedule."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from attrs import define, field
+
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin
+from sagellm_ir.passes.eviction.live import Live
+from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.rewrite import Names
+from sagellm_ir.passes.scheduling.apply import at_step
+
+__all__ = ["Extra", "insert"]
+
+
+@define
+class Extra:
+    """A step to put in. It has one forward if it computes anything."""
+
+    nodes: list[IRNode] = field(factory=list)
+    rows: int = 0
+    """Tokens that it computes."""
+    requests: set[str] = field(factory=set)
+    """Whose."""
+
+
+def insert(
+    live: Live,
+    steps: Steps,
+    out: Sequence[list[IRNode]],
+    extra: Mapping[int, list[Extra]],
+    cuts: Mapping[int, list[int]],
+    names: Names,
+) -> IRGraph:
+    """The graph with extra steps.
+
+    Args:
+        live: the graph before.
+        steps: its steps.
+        out: the nodes of each step.
+        extra: steps to put in, by the step they come before.
+        cuts: by decode, the steps before which it rests for extra steps. It becomes a chain of
+            decodes, the last of which keeps its name.
+        names: for the new decodes.
+    """
+    before = accumulate(len(extra.get(step, ())) for step in range(len(out)))
+    new = [step + more for step, more in enumerate(before)]
+    weaver = _Weaver(live, steps, new, names)
+    weaver.cuts = {live.graph.nodes[decode].name: (decode, at) for decode, at in cuts.items()}
+    nodes: list[IRNode] = []
+    loops: list[int] = []
+    for step, here in enumerate(out):
+        for item in extra.get(step, ()):
+            nodes += [node.replace(step=len(loops)) for node in item.nodes]
+            loops.append(int(item.rows > 0))
+        loops.append(live.graph.loops[step])
+        nodes += weaver.resumed.pop(step, ())
+        nodes += [weaver.moved(node) for node in here]
+    return live.graph.replace(nodes=tuple(nodes), loops=tuple(loops))
+
+
+class _Weaver:
+    """Gives nodes their new steps, and cuts decodes where they rest."""
+
+    def __init__(self, live: Live, steps: Steps, new: list[int], names: Names) -> None:
+        self.live = live
+        self.steps = steps
+        self.new = new
+        self.names = names
+        self.cuts: dict[str, tuple[int, list[int]]] = {}
+        self.resumed: dict[int, list[IRNode]] = defaultdict(list)
+        """By old step: decodes that go on in it, and their collectives."""
+        self.parts: dict[str, list[Decode]] = {}
+
+    def moved(self, node: IRNode) -> IRNode:
+        """What stands for a node in its own step."""
+        assert node.step is not None, "the stage is scheduled"
+        if isinstance(node, Decode):
+            return self._cut(node) if node.name in self.cuts else self._decode(node)
+        if isinstance(node, AllReduce):
+            node = self._follow(node)
+        return at_step(node, self.new[node.step or 0])
+
+    def _decode(self, node: Decode) -> IRNode:
+        assert node.step is not None, "the stage is scheduled"
+        assert node.until is not None, "the stage is scheduled"
+        return at_step(node, self.new[node.step], self.new[node.until])
+
+    def _cut(self, node: Decode) -> IRNode:
+        """The decode up to its first rest; the other parts wait in `resumed`."""
+        decode, at = self.cuts[node.name]
+        worker, graph = self.live.worker[decode], self.live.graph
+        prompt = graph.request[node.request].prompt_len
+        first = self.live.step[decode]
+        parts: list[Decode] = []
+        operands, after, start, step = node.operands, node.after, node.start, first
+        for number, rest in enumerate([*at, -1]):
+            last = rest < 0
+            done = node.stop - node.start if last else self.steps.forwards(first, rest, worker)
+            stop = node.stop if last else node.start + (node.start == prompt) + done
+            part = node.replace(
+                name=node.name if last else self.names.fresh(f"{node.name}.{number}"),
+                start=start,
+                stop=stop,
+                operands=operands,
+                after=after,
+                step=step,
+                until=node.until if last else self.steps.before(rest, worker),
+                origin=node.origin if last else Origin("evict", (node.name,)),
+            )
+            parts.append(part)
+            if number:
+                self.resumed[step].append(self._decode(part))
+            operands, after, start, step = (part.name,), (), stop, rest
+        self.parts[node.name] = parts
+        return self._decode(parts[0])
+
+    def _follow(self, node: AllReduce) -> AllReduce:
+        """The collective, over the parts of its operands that run in its step. Parts of an operand
+        that it has alone get one each."""
+        operands = []
+        for name in node.operands:
+            parts = self.parts.get(name, ())
+            running = [part.name for part in parts if _runs(part, node.step)]
+            operands += running or [name]
+        if len(node.operands) == 1:
+            for part in self.parts.get(node.operands[0], ())[1:]:
+                assert part.step is not None, "it was set just before"
+                name = self.names.fresh(f"{node.name}.0")
+                one = node.replace(name=name, operands=(part.name,), step=self.new[part.step])
+                self.resumed[part.step].append(one)
+        return node.replace(operands=tuple(operands))
+
+
+def _runs(part: Decode, step: int | None) -> bool:
+    assert part.step is not None, "it was set just before"
+    assert part.until is not None, "it was set just before"
+    assert step is not None, "the stage is scheduled"
+    return part.step <= step <= part.until

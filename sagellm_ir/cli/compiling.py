@@ -53,23 +53,26 @@ def start(
     tokenizer: str,
     skip_bad: bool,
     limit: int | None,
+    max_new: int,
 ) -> Compilation:
     """Load requests, tokenise them and build their graph.
 
     Raises:
         SageIRError: no source, or something is wrong with one of them or with the target.
     """
-    loaded = read_requests(sources, skip_bad, limit)
+    loaded = read_requests(sources, skip_bad, limit, max_new)
     return compile_requests(loaded, choose_target(target, overrides), tokenizer)
 
 
-def read_requests(sources: Sequence[str] | None, skip_bad: bool, limit: int | None) -> Loaded:
+def read_requests(
+    sources: Sequence[str] | None, skip_bad: bool, limit: int | None, max_new: int
+) -> Loaded:
     """Load requests; say on stderr what was odd about them."""
     if not sources:
         raise SageIRError(
             Diagnostic("no requests were given", help="add --request FILE, or `--request -`")
         )
-    loaded = load_requests(sources, skip_bad=skip_bad, limit=limit)
+    loaded = load_requests(sources, skip_bad=skip_bad, limit=limit, default_max_new=max_new)
     for finding in loaded.warnings:
         shared.note(str(finding))
     if loaded.skipped:

@@ -39,12 +39,13 @@ def explain(
     tokenizer: shared.TokenizerName = "auto",
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
+    max_new: shared.MaxNew = 128,
     as_json: shared.AsJson = False,
 ) -> None:
     """Why a request waited, what it shared with others, and what was evicted for it."""
     from sagellm_ir.passes.explain import explain_request
 
-    compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+    compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     passes = choose_pipeline(level, pipeline)
     explanation = explain_request(compilation.graph, passes, request_id)
     if as_json:

@@ -55,12 +55,13 @@ def dump(
     provenance: Provenance = False,
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
+    max_new: shared.MaxNew = 128,
     output: shared.Out = None,
 ) -> None:
     """Turn requests into a graph and print it, at any stage on its way to a plan."""
     shared.one_of("--stage", stage, STAGES)
     shared.one_of("--format", form, FORMATS)
-    compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+    compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     passes = choose_pipeline(level, pipeline)
     if stage == "plan":
         shared.emit(_print_plan(compilation, PassManager(passes), form), output)
@@ -111,13 +112,14 @@ def passes(
     tokenizer: shared.TokenizerName = "auto",
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
+    max_new: shared.MaxNew = 128,
     as_json: shared.AsJson = False,
 ) -> None:
     """List the passes and presets or, with requests, show what each pass does to them."""
     if not request:
         print_passes(full=show, as_json=as_json)
         return
-    compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+    compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     print_what_passes_did(compilation.graph, choose_pipeline(level, pipeline), diff, as_json)
 
 

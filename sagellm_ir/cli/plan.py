@@ -31,6 +31,7 @@ def plan(
     tokenizer: shared.TokenizerName = "auto",
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
+    max_new: shared.MaxNew = 128,
     timing: watching.ShowTiming = False,
     stats: watching.ShowStatistics = False,
     as_json: shared.AsJson = False,
@@ -47,7 +48,7 @@ def plan(
     if graph is not None:
         parsed, tokens = parse_graph(shared.read_text(graph), graph), {}
     else:
-        compilation = start(request, target, overrides, tokenizer, skip_bad, limit)
+        compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
         parsed, tokens = compilation.graph, dict(compilation.tokens)
     made = compile_graph(parsed, tokens, passes, watch.instruments)
     watch.report()

@@ -90,9 +90,6 @@ def run(
     engine: Annotated[
         str, typer.Option(metavar="|".join(ENGINES), help="What runs the plan.")
     ] = "embedded",
-    max_new: Annotated[
-        int, typer.Option(min=1, help="With --prompt: tokens of the answer, at most.")
-    ] = 64,
     level: shared.Level = 2,
     pipeline: shared.PipelineText = None,
     target: shared.TargetName = "cpu",
@@ -100,6 +97,7 @@ def run(
     tokenizer: shared.TokenizerName = "auto",
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
+    max_new: shared.MaxNew = 128,
     as_json: shared.AsJson = False,
     output: shared.Out = None,
 ) -> None:
@@ -114,7 +112,7 @@ def run(
         loaded = (
             Loaded(_questions(prompt, max_new))
             if prompt
-            else read_requests(request, skip_bad, limit)
+            else read_requests(request, skip_bad, limit, max_new)
         )
         fitted, make = choice.fit(choose_target(target, overrides))
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)

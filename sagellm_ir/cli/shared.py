@@ -19,6 +19,7 @@ __all__ = [
     "AsJson",
     "Level",
     "Limit",
+    "MaxNew",
     "Out",
     "Overrides",
     "PipelineText",
@@ -74,6 +75,9 @@ TokenizerName = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first N requests.")]
+MaxNew = Annotated[
+    int, typer.Option("--max-new", min=1, help="Tokens to generate where a request does not say.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[
     Path | None,

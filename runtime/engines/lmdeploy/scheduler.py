@@ -5,13 +5,14 @@ logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lo
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from attrs import evolve
-from lmdeploy.messages import ResponseType
+from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
@@ -231,12 +232,18 @@ class PlanDriver:
         return self.scheduler.schedule_stock(is_prefill, prealloc_size)
 
     def _answer_aborted(self) -> None:
-        """Tell the client of a sequence that LMDeploy gave up (B6); stock never does."""
+        """End the answer of a sequence that LMDeploy gave up (B6); stock leaves its client waiting.
+
+        With what it has so far, as at a length limit: an error could be overwritten by a response
+        that is still queued, a finish cannot.
+        """
         for seq in list(self.scheduler.seq_manager.get_sequences(MessageStatus.ABORTED).values()):
             seq.status = MessageStatus.STOPPED
-            blocks = self.kv.blocks.num_gpu_blocks
-            message = f"the request needs more than the {blocks} KV blocks of the engine"
-            self.engine._response(seq.resp, ResponseType.INTERNAL_ENGINE_ERROR, err_msg=message)
+            logger.warning("session %d outgrew the KV pool: answer ended", seq.session_id)
+            data = {"token_ids": seq.generated_ids, "logits": None}
+            data["req_metrics"] = RequestMetrics(time.time(), seq.engine_events)
+            data["logprobs"] = (seq.resp.data or {}).get("logprobs")
+            self.engine._response(seq.resp, ResponseType.FINISH, data=data)
 
 
 def _check(engine: Any) -> None:

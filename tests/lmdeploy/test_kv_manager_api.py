@@ -1,0 +1,179 @@
+"""Patch 0001: block info, eviction callback, moves of shared blocks between device and host."""
+
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lmdeploy.pytorch import envs, plugins
+from lmdeploy.pytorch.engine.cache_engine import CacheEngine
+from lmdeploy.pytorch.engine.model_agent import cache_swapping
+
+from tests.lmdeploy import recordings
+from tests.lmdeploy.cpu import BLOCK, add, blocks_of, decode, engine, prefill, scheduler, stop
+
+
+def held(sched: Any) -> list[int]:
+    """The reference counts of all logical blocks."""
+    return [int(count) for count in sched.block_manager.allocator._log_mem.ref_count]
+
+
+def shared(host: int = 16, blocks: int = 32) -> tuple[Any, Any, Any]:
+    """Two sequences that share four blocks through the trie."""
+    sched = scheduler(blocks=blocks, host=host)
+    prompt = list(range(4 * BLOCK + 6))
+    first = add(sched, 1, prompt)
+    prefill(sched)
+    decode(sched)
+    second = add(sched, 2, prompt)
+    prefill(sched)
+    decode(sched)
+    return sched, first, second
+
+
+def test_block_info_tells_where_a_block_is_and_who_holds_it() -> None:
+    sched, first, second = shared()
+    info = sched.block_manager.get_block_info(blocks_of(first))
+    assert info["ref_count"].tolist() == [
+        3,
+        3,
+        3,
+        3,
+        1,
+    ]  # two sequences and the trie; a private tail
+    assert info["on_gpu"].all()
+    assert info["physical"].tolist() == sched.block_manager.get_block_table(first).tolist()
+    assert info["logical"].tolist()[:4] == blocks_of(second)[:4]
+
+
+def test_a_shared_block_moves_for_all_who_hold_it() -> None:
+    sched, first, second = shared()
+    manager = sched.block_manager
+    counts, free = held(sched), manager.get_num_free_gpu_blocks()
+    assert manager.migrate_blocks(blocks_of(first)[:4], "cpu") == 4
+    assert held(sched) == counts
+    assert manager.get_num_free_gpu_blocks() == free + 4
+    assert not manager.get_block_info(blocks_of(second)[:4])["on_gpu"].any()
+    assert manager.migrate_blocks(blocks_of(first)[:4], "cpu") == 0
+    assert manager.migrate_blocks(blocks_of(second)[:4], "gpu") == 4
+    assert (held(sched), manager.get_num_free_gpu_blocks()) == (counts, free)
+    manager.take_swaps()
+    assert manager.get_num_free_cpu_blocks() == 16
+
+
+def test_moves_ride_on_the_next_step_that_runs() -> None:
+    sched, first, second = shared()
+    stop(first, second)
+    table = sched.block_manager.get_block_table(first).tolist()
+    sched.block_manager.migrate_blocks(blocks_of(first)[:2], "cpu")
+    assert sched.schedule(True).swap_out_map == {}  # nobody runs: the moves wait
+    add(sched, 3, [1] * 5)
+    output = sched.schedule(True)
+    assert output.swap_out_map == {table[0]: 0, table[1]: 1}
+    assert sched.block_manager.take_swaps() == ({}, {})
+
+
+def test_a_host_block_is_not_reused_before_it_is_copied() -> None:
+    sched, first, _ = shared(host=2)
+    manager = sched.block_manager
+    there, other = blocks_of(first)[:2], blocks_of(first)[2:4]
+    manager.migrate_blocks(there, "cpu")
+    manager.take_swaps()
+    manager.migrate_blocks(there, "gpu")
+    with pytest.raises(MemoryError):  # out runs before in: it would overwrite what comes back
+        manager.migrate_blocks(other, "cpu")
+    manager.take_swaps()
+    assert manager.migrate_blocks(other, "cpu") == 2
+
+
+def test_moves_that_could_lose_data_are_refused() -> None:
+    sched, first, _ = shared()
+    manager = sched.block_manager
+    block = blocks_of(first)[:1]
+    with pytest.raises(ValueError, match="free blocks"):
+        manager.migrate_blocks([30], "cpu")
+    manager.migrate_blocks(block, "cpu")
+    manager.take_swaps()
+    manager.migrate_blocks(block, "gpu")
+    with pytest.raises(ValueError, match="pending"):
+        manager.migrate_blocks(block, "cpu")
+
+
+def test_a_full_pool_moves_nothing() -> None:
+    sched, first, _ = shared(host=3)
+    counts = held(sched)
+    with pytest.raises(MemoryError):
+        sched.block_manager.migrate_blocks(blocks_of(first)[:4], "cpu")
+    assert sched.block_manager.get_block_info(blocks_of(first))["on_gpu"].all()
+    assert held(sched) == counts
+
+
+def test_stock_gives_host_blocks_to_the_gpu_and_the_patch_refuses(stock: Any) -> None:
+    assert stock["faults"]["host_table"] == {"swapped": True, "beyond_gpu": True}
+    with pytest.raises(RuntimeError, match="blocks on the host"):
+        recordings.host_table()
+
+
+def test_stock_swaps_in_before_out_without_waiting(
+    stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stock["faults"]["swap_order"] == ["in", "out", "wait"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    assert recordings.swap_order() == ["sync", "out", "in", "wait"]
+
+
+def test_a_full_exchange_through_the_cache_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block 1 leaves, and the block that was on the host takes its place, in one step."""
+    cache = CacheEngine.__new__(CacheEngine)
+    device = torch.arange(4.0).reshape(1, 4, 1).repeat(2, 1, 3)
+    host = 10 + torch.arange(2.0).reshape(1, 2, 1).repeat(2, 1, 3)
+    cache.full_gpu_cache, cache.full_cpu_cache = (device,), (host,)
+    cache.cache_stream = types.SimpleNamespace(wait_stream=lambda _: None)
+    cache.events = types.SimpleNamespace(record=lambda stream: None, wait=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.inference_mode())
+    cache_swapping(cache, {0: 1}, {1: 1})
+    assert device[0, :, 0].tolist() == [0, 10, 2, 3]
+    assert host[0, :, 0].tolist() == [10, 1]
+
+
+def test_the_callback_sees_every_eviction_before_it_happens() -> None:
+    sched = scheduler(blocks=8)
+    seen: list[tuple[str, list[int], Any]] = []
+
+    def evicted(kind: str, blocks: np.ndarray, seq: Any) -> None:
+        assert (sched.block_manager.allocator.get_ref_count(blocks) > 0).all()
+        seen.append((kind, blocks.tolist(), seq))
+
+    sched.block_manager.eviction_cb = evicted
+    first = add(sched, 1, list(range(3 * BLOCK + 2)))
+    prefill(sched)
+    decode(sched)
+    stop(first)
+    table = blocks_of(first)
+    add(sched, 2, [9] * (7 * BLOCK))
+    assert len(prefill(sched)) == 1
+    assert seen[0] == ("sequence", table, first)
+    prefixes = [block for kind, blocks, seq in seen[1:] for block in blocks]
+    assert [kind for kind, _, _ in seen[1:]] == ["prefix"] * (len(seen) - 1)
+    assert prefixes == [table[2], table[1]]  # as many as were needed, the end first
+
+
+def test_plugins_load_in_the_process_before_the_model_and_in_the_engine_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, Any]] = []
+    module = types.SimpleNamespace(hello=lambda role, owner: calls.append((role, owner)))
+    monkeypatch.setitem(sys.modules, "a_plugin", module)
+    monkeypatch.setattr(envs, "pytorch_plugin", "a_plugin:hello,a_plugin:hello")
+    plugins.load_plugins("process")
+    assert calls == [("process", None)] * 2
+    monkeypatch.setattr(envs, "pytorch_plugin", "a_plugin:hello")
+    calls.clear()
+    eng = engine()
+    assert calls == [("process", None), ("engine", eng)]
+    monkeypatch.setattr(envs, "pytorch_plugin", None)
+    plugins.load_plugins("process")
+    assert len(calls) == 2

@@ -8,6 +8,7 @@ one copy of its batch when that changed.
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
+from sagellm_ir.collecting import no_collections
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
@@ -32,6 +33,7 @@ from sagellm_ir.target import DEVICE
 __all__ = ["lower"]
 
 
+@no_collections()
 def lower(
     graph: IRGraph,
     tokens: Mapping[str, Sequence[int]] | None = None,

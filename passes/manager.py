@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from attrs import evolve, frozen
 
+from sagellm_ir.collecting import no_collections
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.base import Pass, PassContext
@@ -29,6 +30,7 @@ class PassManager:
     max_rewrites: int | None = None
     """Rewrites all passes together may make; None is no limit. See `PassContext.may_rewrite`."""
 
+    @no_collections()
     def run(self, graph: IRGraph) -> IRGraph:
         """The graph after all passes.
 

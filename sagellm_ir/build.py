@@ -8,6 +8,7 @@ from typing import Protocol
 
 from attrs import frozen
 
+from sagellm_ir.collecting import no_collections
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.identity import BlockIds, Namespace
@@ -62,6 +63,7 @@ class Built:
     """What the graph's block ids stand for. Pass it to the next `build` to keep their meaning."""
 
 
+@no_collections()
 def build(
     requests: Sequence[Request],
     target: Target,

@@ -98,26 +98,22 @@ class PrefixAttention:
     def _allocate(self, workspace: int) -> None:
         spec, batch, rows = self.spec, self.max_batch, self.max_rows
         items = ceil_div(rows * spec.group, 16) + batch + 8 * self._sms
-        parts = max(workspace // (spec.heads * (spec.head_dim + 1) * 4), 2 * batch)
-        self._limits = Limits(self._sms, batch, items, 4 * rows, parts)
-        sizes = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "row_seq": rows}
+        parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
+        self._limits = Limits(self._sms, batch, items, 4 * rows, 64 * rows, parts)
+        always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 1}
         shared = {"sizes": 2, "nodes": batch * NODE_FIELDS, "items": items * 2, "rows": 4 * rows}
-        self._meta = Mirror(sizes | shared, self.device)
+        tables = {"where_start": batch, "where": 64 * rows}
+        self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
         # The schedule kernel's: slots, parts, sizes, items.
         ints = torch.zeros(2 * batch + 2 + 2 * items, dtype=torch.int32, device=self.device)
         slots, part_start, self._sizes, self._items = ints.split([batch, batch, 2, 2 * items])
-        get = self._meta.device
+        names = ("q_start", "begin", "shared_slots", "row_seq", "nodes", "rows")
         self._lists = Lists(
-            q_start=get("q_start"),
-            begin=get("begin"),
-            shared_slots=get("shared_slots"),
-            row_seq=get("row_seq"),
-            nodes=get("nodes"),
-            rows=get("rows"),
+            *map(self._meta.device, (*names, "where_start", "where")),
             slots=slots,
             parts=part_start,
-            partial=torch.empty(parts, spec.heads, spec.head_dim, device=self.device),
-            lse=torch.empty(parts, spec.heads, device=self.device),
+            partial=torch.empty(parts, spec.kv_heads, spec.head_dim, device=self.device),
+            lse=torch.empty(parts, spec.kv_heads, device=self.device),
         )
 
     def update(
@@ -156,12 +152,17 @@ class PrefixAttention:
         meta.write("begin", forest.private if work else nothing)
         meta.write("shared_slots", work.slots if work else nothing)
         meta.write("row_seq", np.repeat(np.arange(len(new), dtype=np.int32), new))
+        meta.write("part_base", np.array([work.parts if work else 0], np.int32))
         if work:
             meta.write("sizes", np.array([len(work.items), work.chunk], np.int32))
             meta.write("nodes", work.nodes.reshape(-1))
             meta.write("items", work.items.reshape(-1))
             meta.write("rows", work.rows)
-        meta.upload("rows" if work else "row_seq")
+            meta.write("where_start", work.where_start)
+            meta.write("where", work.where)
+            meta.upload("where", len(work.where))
+        else:
+            meta.upload("row_seq", int(starts[-1]))
         self._batch, self._rows = len(new), int(starts[-1])
         private = tile_for(self.spec, int(new.max(initial=1)) * self.spec.group)
         self.variant = Variant(private.rows, work.tile_rows if work else 0)
@@ -191,8 +192,9 @@ class PrefixAttention:
         spec, lists = self.spec, self._lists
         tile = tile_for(spec, self.variant.private)
         kernels.schedule[(self._batch,)](
-            *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.slots, lists.parts),
-            *(self._items, self._sizes, self._batch, self._limits.items, self._limits.parts),
+            *(kv_lens, lists.q_start, lists.begin, lists.shared_slots),
+            *(self._meta.device("part_base"), lists.slots, lists.parts, self._items, self._sizes),
+            *(self._batch, self._limits.items, self._limits.parts),
             GRID=self._sms * tile.ctas,
             KV_HEADS=spec.kv_heads,
             GROUP=spec.group,

@@ -31,11 +31,6 @@ class Mirror:
         start, stop = self._bounds[name]
         return self._device[start:stop]
 
-    def capacity(self, name: str) -> int:
-        """Elements of an array."""
-        start, stop = self._bounds[name]
-        return stop - start
-
     def wait(self) -> None:
         """Wait for the copy under way: call before the first `write` of a batch."""
         if self._copied is not None:
@@ -47,9 +42,10 @@ class Mirror:
         assert len(values) <= stop - start, name
         self._array[start : start + len(values)] = values
 
-    def upload(self, last: str | None = None) -> None:
-        """Copy everything up to the array `last` (default: all) to the device, on this stream."""
-        stop = self._bounds[last][1] if last else len(self._host)
+    def upload(self, name: str, size: int | None = None) -> None:
+        """Copy all arrays up to `name`, of it `size` elements, to the device, on this stream."""
+        start, stop = self._bounds[name]
+        stop = stop if size is None else start + size
         self._device[:stop].copy_(self._host[:stop], non_blocking=True)
         if self._copied is not None:
             self._copied.record()

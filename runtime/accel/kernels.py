@@ -39,6 +39,7 @@ def schedule(
     q_start,
     begin,
     shared_slots,
+    part_base,
     slots_out,
     parts_out,
     items_out,
@@ -72,6 +73,7 @@ def schedule(
     first = tl.load(begin + seq, mask=live, other=0)
     shared = tl.load(shared_slots + seq, mask=live, other=0)
     first = _private_begin(first, kv_len, q_len, WINDOW, BLOCK)
+    taken = tl.load(part_base)
     length = tl.where((kv_len > 0) & (q_len > 0), tl.maximum(kv_len - first, 0), 0)
     tiles = (q_len * GROUP + BM - 1) // BM
     longest = tl.max(length, 0)
@@ -84,9 +86,8 @@ def schedule(
     for k in tl.static_range(CHUNKS):
         size: tl.constexpr = CHUNK << (CHUNKS - 1 - k)
         cuts = (length + size - 1) // size
-        slots = cuts + shared
         items = tl.sum(tiles * cuts, 0)
-        parts = tl.sum(tl.where(slots > 1, slots * q_len, 0), 0)
+        parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
         rounds = (items * KV_HEADS + GRID - 1) // GRID
         cost = rounds.to(tl.float32) * (size + ITEM_COST)
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)
@@ -96,12 +97,12 @@ def schedule(
     cuts = (length + chunk - 1) // chunk
     slots = cuts + shared
     count = tiles * cuts
-    parts = tl.where(slots > 1, slots * q_len, 0)
+    parts = tl.where(slots > 1, cuts * q_len * GROUP, 0)
     mine = seq == me
     at = tl.sum(tl.where(seq < me, count, 0), 0)
     todo = tl.sum(tl.where(mine, count, 0), 0)
     tl.store(slots_out + me, tl.sum(tl.where(mine, slots, 0), 0))
-    tl.store(parts_out + me, tl.sum(tl.where(seq < me, parts, 0), 0))
+    tl.store(parts_out + me, taken + tl.sum(tl.where(seq < me, parts, 0), 0))
     if me == 0:
         tl.store(sizes_out, tl.sum(count, 0))
         tl.store(sizes_out + 1, chunk)
@@ -152,18 +153,19 @@ def _walk(
     """Online softmax over keys `[lo, hi)` in tiles of BN; row i sees keys `low[i]..high[i]`.
 
     `pages` holds the page id(s) of the tile at `lo`; those of the tile at `hi` are returned (a
-    scalar when a tile is a page, else one id a key). Keys from `limit` on are never read.
+    scalar when a tile lies in one page, else one id a key). Keys from `limit` on are never read.
     """
     key = tl.arange(0, BN)
     d = tl.arange(0, BD)
     for at in range(lo, hi, BN):
         pos = at + key
-        if BN == BLOCK:
+        if BLOCK % BN == 0:
             page = pages.to(tl.int64)
-            k_at = k_base + page * k_page_stride + key[:, None] * k_row_stride + d[None, :]
-            v_at = v_base + page * v_page_stride + key[:, None] * v_row_stride + d[None, :]
-            ks_at = ks_base + page * ks_page_stride + key * ks_row_stride
-            vs_at = vs_base + page * vs_page_stride + key * vs_row_stride
+            row = at % BLOCK + key
+            k_at = (k_base + page * k_page_stride) + (row[:, None] * k_row_stride + d[None, :])
+            v_at = (v_base + page * v_page_stride) + (row[:, None] * v_row_stride + d[None, :])
+            ks_at = (ks_base + page * ks_page_stride) + row * ks_row_stride
+            vs_at = (vs_base + page * vs_page_stride) + row * vs_row_stride
             pages = tl.load(table + (at + BN) // BLOCK, mask=at + BN < limit, other=0)
         else:
             page = pages.to(tl.int64)
@@ -231,6 +233,13 @@ def _walk(
 
 
 @triton.jit
+def _position(row, row_seq, q_start, kv_lens):
+    """Positions of query tokens in their sequences."""
+    seq = tl.load(row_seq + row)
+    return tl.load(kv_lens + seq) - tl.load(q_start + seq + 1) + row
+
+
+@triton.jit
 def attend(
     q_ptr,
     k_ptr,
@@ -249,7 +258,6 @@ def attend(
     row_seq,
     nodes,
     rows,
-    slots_in,
     parts_in,
     items,
     sizes,
@@ -292,7 +300,6 @@ def attend(
     comes after all keys, so nothing is masked. Otherwise: (sequence, tile, chunk) of its private
     part, causal. A sequence with one slot in all gets its output here; others get partials.
     """
-    heads: tl.constexpr = KV_HEADS * GROUP
     d = tl.arange(0, BD)
     todo = tl.load(sizes) * KV_HEADS
     for index in range(tl.program_id(0), todo, tl.num_programs(0)):
@@ -300,7 +307,6 @@ def attend(
         head = index % KV_HEADS
         who = tl.load(items + index // KV_HEADS * 2)
         local = tl.load(items + index // KV_HEADS * 2 + 1)
-        r0 = tl.arange(0, BM)
         if SHARED:
             node = nodes + who * NODE_FIELDS
             owner = tl.load(node)
@@ -308,7 +314,7 @@ def attend(
             end = tl.load(node + 2)
             q_first = tl.load(node + 3)
             q_len = tl.load(node + 4)
-            slot = tl.load(node + 5)
+            part = tl.load(node + 5)
             chunk = tl.load(node + 6)
             tiles = (q_len * GROUP + BM - 1) // BM
             # Tiles of one chunk run together: the first brings the pages to L2 for the others.
@@ -321,6 +327,7 @@ def attend(
             q_len = tl.load(q_start + who + 1) - q_first
             lo = _private_begin(tl.load(begin + who), end, q_len, WINDOW, BLOCK)
             slot = tl.load(shared_slots + who)
+            part = tl.load(parts_in + who)
             chunk = tl.load(sizes + 1)
             cuts = (end - lo + chunk - 1) // chunk
             tiles = (q_len * GROUP + BM - 1) // BM
@@ -328,36 +335,24 @@ def attend(
             tile = tiles - 1 - local // cuts
             cut = local % cuts
 
-        r = tile * BM + r0
+        r = tile * BM + tl.arange(0, BM)
         live = r < q_len * GROUP
         qi = tl.where(live, r // GROUP, 0)
         row = q_first + qi
         q_head = head * GROUP + r % GROUP
+        low = tl.zeros([BM], tl.int32)
         if SHARED:
             row = tl.load(rows + row)
-            seq = tl.load(row_seq + row)
-            first = tl.load(q_start + seq)
-            turn = row - first
-            slots = tl.load(slots_in + seq)
-            part = tl.load(parts_in + seq) + turn * slots + slot + cut
             high = tl.full([BM], 2147483647, tl.int32)
             if WINDOW > 0:
-                new = tl.load(q_start + seq + 1) - first
-                at = tl.load(kv_lens + seq) - new + turn
-                low = tl.where(live, tl.maximum(at - WINDOW + 1, 0), 2147483647)
-            else:
-                low = tl.zeros([BM], tl.int32)
+                high = _position(row, row_seq, q_start, kv_lens)
         else:
-            slots = tl.load(slots_in + who)
-            part = tl.load(parts_in + who) + qi * slots + slot + cut
             high = end - q_len + qi
             last = tl.minimum((tile * BM + BM - 1) // GROUP, q_len - 1)
             seen_by_all = end - q_len + tile * BM // GROUP + 1
             end = end - q_len + last + 1
-            if WINDOW > 0:
-                low = tl.where(live, tl.maximum(high - WINDOW + 1, 0), 2147483647)
-            else:
-                low = tl.zeros([BM], tl.int32)
+        if WINDOW > 0:
+            low = tl.where(live, tl.maximum(high - WINDOW + 1, 0), 2147483647)
 
         lo += cut * chunk
         hi = tl.minimum(lo + chunk, end)
@@ -381,7 +376,7 @@ def attend(
         if KV == "int8":
             q_sum = tl.sum(q.to(tl.float32), 1)
         pages_of = table + owner.to(tl.int64) * table_stride
-        if BN == BLOCK:
+        if BLOCK % BN == 0:
             pages = tl.load(pages_of + lo // BLOCK, mask=lo < hi, other=0)
         else:
             key = lo + tl.arange(0, BN)
@@ -428,23 +423,25 @@ def attend(
             )
 
         some = den > 0.0
-        part = part.to(tl.int64) * heads + q_head
         alone = False
         if not SHARED:
-            alone = slots == 1
+            alone = (slot == 0) & (cuts == 1)
         if alone:
             total = den
             if SINKS:
                 sink = tl.load(sinks + q_head, mask=live, other=0.0).to(tl.float32)
                 total += tl.where(some, tl.exp2(sink * LOG2E - m), 0.0)
             o = acc * (out_scale / tl.where(some, total, 1.0))[:, None]
-            o_at = out_ptr + row.to(tl.int64) * out_row_stride + q_head * out_head_stride
-            tl.store(o_at[:, None] + d[None, :], o.to(out_ptr.dtype.element_ty), mask=q_mask)
+            out_at = out_ptr + row.to(tl.int64) * out_row_stride + q_head * out_head_stride
+            tl.store(out_at[:, None] + d[None, :], o.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
             lse = tl.where(some, m + tl.log2(tl.where(some, den, 1.0)), NEG_INF)
-            tl.store(lse_ptr + part, lse, mask=live)
+            at = (part + cut * q_len * GROUP + tile * BM).to(tl.int64) * KV_HEADS + head
+            r0 = tl.arange(0, BM)
+            tl.store(lse_ptr + at + r0 * KV_HEADS, lse, mask=live)
             o = acc * (out_scale / tl.where(some, den, 1.0))[:, None]
-            tl.store(part_ptr + part[:, None] * D + d[None, :], o, mask=q_mask & some[:, None])
+            part_at = (part_ptr + at * D) + (r0[:, None] * (KV_HEADS * D) + d[None, :])
+            tl.store(part_at, o, mask=q_mask & some[:, None])
 
 
 @triton.jit
@@ -455,31 +452,45 @@ def merge(
     sinks,
     q_start,
     row_seq,
+    shared_slots,
+    where_start,
+    where,
     slots_in,
     parts_in,
     out_row_stride,
     out_head_stride,
-    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Weigh a (query row, head)'s partials by their log-sum-exp (log2). One slot: already done."""
+    """Weigh the partials of a (query row, head) by their log-sum-exp (log2).
+
+    The first `shared_slots` lie where the host's table `where` says, the private ones at the
+    sequence's own place. One slot in all: `attend` has written the output.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     seq = tl.load(row_seq + row)
     slots = tl.load(slots_in + seq)
     if slots != 1:
-        first = tl.load(parts_in + seq) + (row - tl.load(q_start + seq)) * slots
+        first = tl.load(q_start + seq)
+        stride = (tl.load(q_start + seq + 1) - first) * GROUP
+        shared = tl.load(shared_slots + seq)
+        entry = where + tl.load(where_start + seq) + (row - first) * shared
+        private = tl.load(parts_in + seq) + (row - first) * GROUP - shared * stride
         d = tl.arange(0, BD)
-        lane = tl.arange(0, SLOTS)
         m = tl.full([], NEG_INF, tl.float32)
         den = tl.zeros([], tl.float32)
         acc = tl.zeros([BD], tl.float32)
         for at in range(0, slots, SLOTS):
-            part = (first + at + lane).to(tl.int64) * HEADS + head
-            lse = tl.load(lse_ptr + part, mask=at + lane < slots, other=NEG_INF)
+            slot = at + tl.arange(0, SLOTS)
+            part = tl.load(entry + slot, mask=slot < shared, other=0)
+            part = tl.where(slot < shared, part, private + slot * stride) + head % GROUP
+            part = part.to(tl.int64) * KV_HEADS + head // GROUP
+            lse = tl.load(lse_ptr + part, mask=slot < slots, other=NEG_INF)
             # A slot without keys has no output: whatever lies there must not be read.
             mask = (lse > NEG_INF)[:, None] & (d < D)[None, :]
             o = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)

@@ -1,7 +1,7 @@
 """From tensors to kernel launches: checks of what a caller hands in, strides, constants."""
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
@@ -96,12 +96,14 @@ class Lists:
     row_seq: Tensor
     nodes: Tensor
     rows: Tensor
+    where_start: Tensor
+    where: Tensor
     slots: Tensor
     parts: Tensor
-    partial: Tensor = field()
-    """float32 `[parts, heads, head_dim]`."""
-    lse: Tensor = field()
-    """float32 `[parts, heads]`, log2."""
+    partial: Tensor
+    """float32 `[parts, kv_heads, head_dim]`."""
+    lse: Tensor
+    """float32 `[parts, kv_heads]`, log2."""
 
 
 def attend_constants(
@@ -144,7 +146,7 @@ def launch_attend(
     kernels.attend[(grid,)](
         *(x.q, x.k, x.v, ks, vs, x.out, lists.partial, lists.lse, x.sinks, x.table, x.kv_lens),
         *(lists.q_start, lists.begin, lists.shared_slots, lists.row_seq, lists.nodes, lists.rows),
-        *(lists.slots, lists.parts, items, sizes, x.qk_scale, x.out_scale),
+        *(lists.parts, items, sizes, x.qk_scale, x.out_scale),
         *(x.q.stride()[:2] + x.k.stride()[:3] + x.v.stride()[:3]),
         *(ks.stride()[:3] + vs.stride()[:3] + x.out.stride()[:2]),
         x.table.stride(0),
@@ -158,8 +160,10 @@ def launch_merge(spec: AttentionSpec, x: Tensors, lists: Lists) -> None:
     """Launch `merge`: a program for each query row and head."""
     kernels.merge[(len(x.q), spec.heads)](
         *(lists.partial, lists.lse, x.out, x.sinks, lists.q_start, lists.row_seq),
-        *(lists.slots, lists.parts, *x.out.stride()[:2]),
-        HEADS=spec.heads,
+        *(lists.shared_slots, lists.where_start, lists.where, lists.slots, lists.parts),
+        *x.out.stride()[:2],
+        KV_HEADS=spec.kv_heads,
+        GROUP=spec.group,
         D=spec.head_dim,
         SINKS=spec.sinks,
         SLOTS=16,

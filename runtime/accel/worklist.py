@@ -17,7 +17,7 @@ ITEM_COST = 64
 """What starting and ending a work item costs, in keys. Predicted, not measured."""
 NODE_FIELDS = 7
 """A node: sequence whose table has its pages, begin, end, first entry of and number of its
-queries, its first slot, chunk length."""
+queries, its first partial, chunk length."""
 
 
 @frozen
@@ -29,8 +29,10 @@ class Limits:
     items: int
     rows: int
     """Query tokens of all nodes."""
+    where: int
+    """Entries of the merge's table (query token x shared slot)."""
     parts: int
-    """Partial results (query token x slot)."""
+    """Partial results of a KV head (query token x head of the group x slot)."""
 
 
 @frozen(eq=False)
@@ -46,6 +48,12 @@ class SharedWork:
     """Query tokens of the nodes, one node after another."""
     slots: Ints
     """`[batch]`: partials that a query of the sequence gets from nodes; its private ones follow."""
+    where_start: Ints
+    """`[batch]`: a sequence's first entry in `where`."""
+    where: Ints
+    """The partials of a query token's first head from nodes, in the order of the keys."""
+    parts: int
+    """Partials written by the shared kernel."""
     chunk: int
 
 
@@ -68,21 +76,47 @@ def plan_shared(
     if chunk is None:
         return None
     cuts = -(-lengths // chunk)
-    first = np.cumsum(queries) - queries
-    slots = np.zeros(len(q_start) - 1, np.int32)
-    nodes = np.zeros((len(lists), NODE_FIELDS), np.int32)
-    for index, node in enumerate(forest.nodes):
-        owner = node.rows[0]
-        nodes[index] = (
-            *(owner, node.begin, node.end, first[index], queries[index]),
-            *(slots[owner], chunk),
-        )
-        slots[node.rows] += cuts[index]
     count = tiles * cuts
     items = np.empty((count.sum(), 2), np.int32)
     items[:, 0] = np.repeat(np.arange(len(lists)), count)
     items[:, 1] = np.arange(len(items)) - np.repeat(np.cumsum(count) - count, count)
-    return SharedWork(tile.rows, nodes, items, np.concatenate(lists), slots, chunk)
+    nodes = np.empty((len(lists), NODE_FIELDS), np.int32)
+    nodes[:, 0] = [node.rows[0] for node in forest.nodes]
+    nodes[:, 1] = [node.begin for node in forest.nodes]
+    nodes[:, 2] = [node.end for node in forest.nodes]
+    nodes[:, 3] = np.cumsum(queries) - queries
+    nodes[:, 4] = queries
+    parts = cuts * queries * spec.group
+    nodes[:, 5] = np.cumsum(parts) - parts
+    nodes[:, 6] = chunk
+    slots, start, where = _where(spec, forest, lists, q_start, cuts, nodes[:, 5])
+    if len(where) > limits.where:
+        return None
+    rows = np.concatenate(lists)
+    return SharedWork(tile.rows, nodes, items, rows, slots, start, where, int(parts.sum()), chunk)
+
+
+def _where(
+    spec: AttentionSpec, forest: Forest, lists: list[Ints], q_start: Ints, cuts: Ints, parts: Ints
+) -> tuple[Ints, Ints, Ints]:
+    """`slots`, `where_start` and `where` of `SharedWork`."""
+    new = np.diff(q_start)
+    slots = np.zeros(len(new), np.int32)
+    for node, cut in zip(forest.nodes, cuts, strict=True):
+        slots[node.rows] += cut
+    size = new * slots
+    start = (np.cumsum(size) - size).astype(np.int32)
+    where = np.empty(int(size.sum()), np.int32)
+    # Of each query token: its first entry.
+    entry = np.repeat(start - q_start[:-1] * slots, new) + np.arange(q_start[-1]) * np.repeat(
+        slots, new
+    )
+    for rows, cut, part in zip(lists, cuts, parts, strict=True):
+        at = np.arange(cut)[None, :]
+        index = np.arange(len(rows))[:, None]
+        where[entry[rows][:, None] + at] = part + (at * len(rows) + index) * spec.group
+        entry[rows] += cut
+    return slots, start, where
 
 
 def _queries(rows: Ints, q_start: Ints) -> Ints:
@@ -110,7 +144,7 @@ def _chunk(
         cuts = -(-lengths // size)
         items = int((cuts * tiles).sum())
         # One private slot each comes on top; the device cuts no further than there is room.
-        parts = int((cuts * queries).sum()) + all_queries
+        parts = (int((cuts * queries).sum()) + all_queries) * spec.group
         cost = ceil_div(items * spec.kv_heads, grid) * (size + ITEM_COST)
         if size <= longest and items <= limits.items and parts <= limits.parts and cost < best:
             best, found = cost, size

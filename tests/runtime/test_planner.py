@@ -1,0 +1,172 @@
+"""The plan sources: whatever comes and goes, every request gets its tokens from its own KV."""
+
+import pytest
+from attrs import evolve
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.lowering import lower
+from sagellm_ir.lowering.plan import PlanRequest
+from sagellm_ir.lowering.verify_plan import verify_plan
+from sagellm_ir.runtime.backend import EngineView, PlanSource
+from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
+from sagellm_ir.target import Target, Tier, Worker
+from tests.lowering.plans import decls, targets
+from tests.lowering.toy import scheduled
+from tests.runtime.checked_engine import CheckedEngine
+
+PIPELINE = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,schedule"
+TARGET = Target(
+    block_size=4,
+    max_tokens=32,
+    max_batch=4,
+    max_loops=3,
+    tiers=(Tier("device", 24), Tier("host", 24)),
+)
+
+
+def request(name: str, tokens: list[int], new: int, **more: object) -> PlanRequest:
+    return evolve(
+        PlanRequest(name, max_new_tokens=new, prompt_len=len(tokens), tokens=tuple(tokens)), **more
+    )
+
+
+def online(
+    requests: list[tuple[int, PlanRequest]],
+    lengths: dict[str, int] | None = None,
+    target: Target = TARGET,
+    reserve: int | None = None,
+) -> tuple[CheckedEngine, OnlinePlanner]:
+    """Submit each request after so many steps; run until all is done."""
+    engine = CheckedEngine(target, lengths)
+    planner = OnlinePlanner(target, PIPELINE, reserve=reserve)
+    queue = sorted(requests, key=lambda item: item[0])
+    taken = 0
+    while True:
+        while queue and queue[0][0] <= taken:
+            _, new = queue.pop(0)
+            engine.submit(new)
+            planner.submit(new)
+        step = planner.next_step(engine.view())
+        if planner.plan is not None:
+            verify_plan(planner.plan)
+        if step is not None:
+            engine.step(step)
+            taken += 1
+        elif queue:
+            taken = queue[0][0]
+        else:
+            return engine, planner
+
+
+def test_both_are_plan_sources() -> None:
+    plan = lower(scheduled(TARGET, ()))
+    assert isinstance(PlanCursor(plan), PlanSource)
+    assert isinstance(OnlinePlanner(TARGET, PIPELINE), PlanSource)
+
+
+def test_a_cursor_gives_every_step_once() -> None:
+    base = request("r", [1, 2, 3], 4)
+    from sagellm_ir.graph import RequestDecl
+
+    plan = lower(scheduled(TARGET, [RequestDecl("r", prompt_len=3, max_new_tokens=4)]))
+    cursor = PlanCursor(plan)
+    view = EngineView()
+    steps = []
+    while step := cursor.next_step(view):
+        steps.append(step)
+    assert tuple(steps) == plan.steps
+    assert cursor.next_step(view) is None
+    assert base.prompt_len == 3
+
+
+def test_nothing_submitted_is_nothing_to_do() -> None:
+    assert OnlinePlanner(TARGET, PIPELINE).next_step(EngineView()) is None
+
+
+def test_one_epoch_when_the_world_keeps_to_the_plan() -> None:
+    engine, planner = online([(0, request("a", [1] * 9, 5)), (0, request("b", [1] * 9, 7))])
+    assert planner.epochs == 1
+    report = engine.report()
+    assert [r.generated for r in report.requests] == [5, 7]
+    assert report.hit_ratio > 0.4
+
+
+def test_a_request_under_way_goes_on_without_recomputing() -> None:
+    engine, planner = online([(0, request("a", [1] * 9, 12)), (2, request("b", [2] * 5, 3))])
+    assert planner.epochs >= 2
+    report = engine.report()
+    assert [r.generated for r in report.requests] == [12, 3]
+    # Each epoch that finds `a` under way computes one token of it as a prompt's last.
+    assert report.prefill_tokens == 9 + 5 + (planner.epochs - 1)
+
+
+def test_an_early_end_makes_room() -> None:
+    engine, planner = online(
+        [(0, request("a", [1] * 9, 60)), (0, request("b", [2] * 9, 40))], {"a": 3, "b": 5}
+    )
+    assert [r.generated for r in engine.report().requests] == [3, 5]
+    assert not planner.plan or len(planner.plan.requests) < 2
+
+
+def test_an_answer_grows_beyond_what_was_reserved() -> None:
+    engine, planner = online([(0, request("a", [1] * 9, 20))], reserve=6)
+    assert planner.epochs > 2
+    assert [r.generated for r in engine.report().requests] == [20]
+
+
+def test_a_later_request_hits_the_prompt_of_one_that_ended() -> None:
+    document = list(range(16))
+    engine, _ = online(
+        [(0, request("a", [*document, 50], 2)), (30, request("b", [*document, 60, 61], 2))]
+    )
+    second = engine.report().requests[1]
+    assert second.computed_tokens == 2
+
+
+def test_an_aborted_request_is_not_planned_again() -> None:
+    engine, planner = CheckedEngine(TARGET), OnlinePlanner(TARGET, PIPELINE)
+    for name in ("a", "b"):
+        new = request(name, [ord(name)] * 6, 40)
+        engine.submit(new)
+        planner.submit(new)
+    step = planner.next_step(engine.view())
+    assert step is not None
+    engine.step(step)
+    engine.abort("a")
+    events = list(engine.stream(planner))
+    assert {event.request for event in events if event.token is not None} == {"b"}
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    planner = OnlinePlanner(TARGET, PIPELINE)
+    with pytest.raises(SageIRError, match="token ids are missing"):
+        planner.submit(PlanRequest("t", prompt_len=3))
+    with pytest.raises(SageIRError, match="needs KV of 108 tokens, and the pool holds 96"):
+        planner.submit(request("t", [1] * 8, 100))
+    planner.submit(request("t", [1], 1))
+    with pytest.raises(SageIRError, match="of this id is running"):
+        planner.submit(request("t", [1], 1))
+    with pytest.raises(SageIRError, match="one worker"):
+        OnlinePlanner(evolve(TARGET, workers=(Worker("a"), Worker("b"))), PIPELINE)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=40, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+def test_any_traffic_is_answered_from_its_own_kv(data: st.DataObject) -> None:
+    target = evolve(
+        data.draw(targets()),
+        tiers=(Tier("device", data.draw(st.integers(12, 40))), Tier("host", 20)),
+    )
+    traffic = []
+    lengths = {}
+    for decl in data.draw(decls()):
+        tokens = [block for block in decl.blocks for _ in range(4)]
+        tokens += [99] * (decl.prompt_len - len(tokens))
+        new = data.draw(st.integers(1, 16))
+        traffic.append((data.draw(st.integers(0, 12)), request(decl.id, tokens, new)))
+        lengths[decl.id] = data.draw(st.integers(1, new))
+    reserve = data.draw(st.none() | st.integers(1, 6))
+    engine, _ = online(traffic, lengths, target, reserve)
+    assert {r.id: r.generated for r in engine.report().requests} == lengths

@@ -4,7 +4,7 @@
     python benchmarks/compile.py --sizes 1000,10000,100000,1000000 --plot docs/images/compile.svg
 
 Without a trace file it compiles a random workload of the same shape (`workload.py`). One core; each
-row is the best of `--repeat` runs, the garbage collector left on.
+row is the best of `--repeat` runs. As in `compile_requests`, the cyclic collector rests meanwhile.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.table import Table
 from workload import conversations
 
 from sagellm_ir.build import build
+from sagellm_ir.collecting import no_collections
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.passes.instruments import Timing
 from sagellm_ir.passes.manager import PassManager
@@ -30,8 +31,9 @@ from sagellm_ir.target import Target
 Phases = dict[str, float]
 
 
+@no_collections()
 def compile_once(requests: list[Request], target: Target, pipeline: str) -> tuple[Phases, Phases]:
-    """Seconds of each phase, and what came out."""
+    """Seconds of each phase, and what came out: what `compile_requests` does, taken apart."""
     timing = Timing()
     manager = PassManager(Pipeline.parse(pipeline), (timing,))
     began = time.perf_counter()

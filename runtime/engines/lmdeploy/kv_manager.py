@@ -58,6 +58,8 @@ class KVManager:
         self.blocks = scheduler.block_manager
         self.trie = scheduler.block_trie
         self.counters = KVCounters()
+        self.expendable: set[int] = set()
+        """Logical blocks that go first, however lately used; until they are fetched or stored again."""
         self.trie.hook = self
         self.blocks.eviction_cb = on_evict
         memory = self.blocks.allocator._log_mem
@@ -89,7 +91,9 @@ class KVManager:
 
     def after_fetch(self, seq: Any, blocks: Iterable[int]) -> None:
         """Count a match."""
-        self.counters.fetched += len(list(blocks))
+        taken = list(blocks)
+        self.counters.fetched += len(taken)
+        self.expendable.difference_update(taken)
 
     def before_store(self, seq: Any) -> bool:
         """Whether to insert: always."""
@@ -97,7 +101,9 @@ class KVManager:
 
     def after_store(self, seq: Any, blocks: Iterable[int], replaced: Iterable[int]) -> None:
         """Count an insertion."""
-        self.counters.stored += len(list(blocks))
+        kept = list(blocks)
+        self.counters.stored += len(kept)
+        self.expendable.difference_update(kept)
 
     # Admission.
 
@@ -165,7 +171,7 @@ class KVManager:
     def make_room(self, blocks: int) -> bool:
         """Have so many device blocks free: spill or drop cached prefixes that nobody uses.
 
-        Least recently used first, the far end of a prefix before its start. False: not enough of
+        Expendable ones, then least recently used; the far end of a prefix before its start. False: not enough of
         them; sequences would have to be evicted.
         """
         missing: int = blocks - self.blocks.get_num_free_gpu_blocks()
@@ -234,4 +240,6 @@ class KVManager:
         return int(self.blocks.allocator.get_ref_count(np.array([node.block]))[0])
 
     def _last_use(self, node: Any) -> float:
+        if node.block in self.expendable:
+            return 0.0
         return float(self.blocks.allocator.get_access_time(np.array([node.block]))[0])

@@ -202,8 +202,7 @@ class PlanDriver:
         """Moves change where blocks are; what a plan frees becomes the first victim."""
         if isinstance(item, KVFree):
             own = [self._block_of.pop((item.tier, block), None) for block in item.blocks]
-            freed = np.array([block for block in own if block is not None], dtype=np.int64)
-            self.kv.blocks.allocator._log_mem.access_time[freed] = 0
+            self.kv.expendable.update(block for block in own if block is not None)
             return
         pairs = [
             (self._block_of.pop((item.from_tier, src)), dst)

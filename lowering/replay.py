@@ -189,7 +189,7 @@ class Replay:
             self.bind(bind, step.worker)
         self.budgets(step)
         chunks = [chunk for chunk in step.prefill if self.can_prefill(chunk, step.worker)]
-        decode = [name for name in step.decode if self.can_decode(name, step)]
+        decode = [name for name in dict.fromkeys(step.decode) if self.can_decode(name, step)]
         for chunk in chunks:
             self.states[chunk.request].started = True
             self.write(self.states[chunk.request], chunk.start, chunk.stop)

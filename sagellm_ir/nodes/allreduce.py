@@ -46,6 +46,7 @@ def collective(node: IRNode, target: Target, name: str) -> AllReduce:
         operands=(node.name,),
         bytes=payload(node, target),
         calls=2 * target.model.layers,
+        worker=node.worker,
         loc=node.loc,
         origin=node.origin,
     )

@@ -15,6 +15,7 @@ from sagellm_ir.nodes import (
     KVNode,
     Prefill,
 )
+from sagellm_ir.target import DEVICE
 
 __all__ = ["FlatGraph"]
 
@@ -36,6 +37,10 @@ class FlatGraph:
         """The node's prefix."""
         self.source = [NONE] * count
         """What a move copies."""
+        self.request = [""] * count
+        self.tier = [DEVICE] * count
+        """Where the value lives."""
+        self.start = [0] * count
         self.stop = [0] * count
         self.span = [0] * count
         """Tokens of `[start, stop)`."""
@@ -45,6 +50,8 @@ class FlatGraph:
         """Blocks it owns."""
         self.last = [0] * count
         """The last step that needs it."""
+        self.forwards = [0] * count
+        """Of decodes: one less than tokens when the prefill before made the first token."""
         self.moves: PerStep = defaultdict(list)
         """Fetches and migrates of each step, in node order; the same for the next three."""
         self.prefills: PerStep = defaultdict(list)
@@ -60,11 +67,6 @@ class FlatGraph:
         self._read(graph)
         self._live()
         self._place(graph)
-
-    def forwards(self, i: int) -> int:
-        """Forwards that decode `i` takes: one less when the prefill before it gave a token."""
-        node = self.kv(i)
-        return self.span[i] - (node.start == self.graph.request[node.request].prompt_len)
 
     def kv(self, i: int) -> KVNode:
         """Node `i`, known to hold KV."""
@@ -98,30 +100,41 @@ class FlatGraph:
                 raise _unplaced(node, steps)
             lists[kind][step].append(i)
             self.worker.append(node.worker or default)
+            self.last[i] = step
             if not isinstance(node, KVNode):
                 last = max((self.last[index[name]] for name in node.operands), default=step)
                 self.last[i] = last
                 self.ended[last + 1].append(i)
                 continue
-            start, stop, operands = node.start, node.stop, node.operands
-            self.stop[i] = stop
+            self.request[i] = node.request
+            self.start[i] = start = node.start
+            self.stop[i] = stop = node.stop
             self.span[i] = stop - start
             self.first[i] = first = -(-start // block_size)
             self.blocks[i] = -(-stop // block_size) - first
-            self.last[i] = step
             if isinstance(node, Decode):
-                until = step if node.until is None else node.until
-                if not step <= until < steps:
-                    raise _unplaced(node, steps)
-                self.last[i] = until
-                self.ended[until + 1].append(i)
-            if kind is KVFetch or kind is KVMigrate:
-                if kind is KVMigrate or len(operands) > (start > 0):
-                    self.source[i] = index[operands[0]]
-                if (kind is KVFetch and start) or (kind is KVMigrate and len(operands) > 1):
-                    self.parent[i] = index[operands[-1]]
-            elif start:
-                self.parent[i] = index[operands[-1]]
+                self._read_decode(i, node, steps)
+            elif kind is not Prefill:
+                self._read_move(i, node, index)
+                continue
+            if start:
+                self.parent[i] = index[node.operands[-1]]
+
+    def _read_decode(self, i: int, node: Decode, steps: int) -> None:
+        until = self.last[i] if node.until is None else node.until
+        if not self.last[i] <= until < steps:
+            raise _unplaced(node, steps)
+        self.last[i] = until
+        self.ended[until + 1].append(i)
+        first = node.start == self.graph.request[node.request].prompt_len
+        self.forwards[i] = self.span[i] - first
+
+    def _read_move(self, i: int, node: KVNode, index: dict[str, int]) -> None:
+        self.tier[i] = node.tier
+        if source := node.source if isinstance(node, KVFetch | KVMigrate) else None:
+            self.source[i] = index[source]
+        if node.prefix:
+            self.parent[i] = index[node.prefix]
 
     def _live(self) -> None:
         """Extend each value's life to its last use: prefixes live as long as what needs them."""

@@ -199,13 +199,12 @@ class _Lowering:
             batch = self.batches[flat.worker[i]]
             if not flat.span[i]:
                 del batch.reduces[i]
-            elif flat.forwards(i):
-                node = flat.kv(i)
-                row = self.order[node.request]
+            elif flat.forwards[i]:
+                row = self.order[flat.request[i]]
                 batch.shared.leave(i, 2 * row + 1)
                 batch.part(row)
-                batch.context -= node.stop
-                batch.generated -= node.stop - node.start
+                batch.context -= flat.stop[i]
+                batch.generated -= flat.span[i]
 
     def move(self, moves: Iterable[int], worker: str) -> tuple[list[KVMove], float]:
         """Fetches and migrates, in node order, and their seconds."""
@@ -215,7 +214,7 @@ class _Lowering:
             node = self.graph.nodes[i]
             assert isinstance(node, KVFetch | KVMigrate), node
             source = self.flat.source[i]
-            tier = node.src if isinstance(node, KVFetch) else self.flat.kv(source).tier
+            tier = node.src if isinstance(node, KVFetch) else self.flat.tier[source]
             if source == NONE and tier == DEVICE:
                 self.pools.pin(i)
                 continue
@@ -233,7 +232,7 @@ class _Lowering:
     def blocks(self, source: int, i: int) -> tuple[int, ...]:
         """The blocks of value `source` that node `i` copies: those that `i` itself owns."""
         first, count = self.flat.first[i], self.flat.blocks[i]
-        if self.flat.kv(source).tier != DEVICE:
+        if self.flat.tier[source] != DEVICE:
             own, at = self.pools.own[source], first - self.flat.first[source]
             return own[at : at + count]
         table = self.table(source, NONE)
@@ -243,45 +242,47 @@ class _Lowering:
         self, prefills: Iterable[int], batch: _Batch, binds: list[Bind]
     ) -> tuple[tuple[PrefillChunk, ...], list[tuple[int, int]]]:
         """Chunks in request order, and the rows they entered: node and number."""
+        flat = self.flat
         chunks: dict[int, PrefillChunk] = {}
         entered: list[tuple[int, int]] = []
         for i in prefills:
-            node = self.flat.kv(i)
-            name = self.heir(i)
+            name = flat.request[i]
+            if name in self.answering:
+                name = self.heir(i)
             begin = self.pools.resume(i, name)
             self.bind(i, name, binds)
             row = self.order[name]
             earlier = chunks.get(row)
             if earlier is None:
-                chunks[row] = PrefillChunk(name, begin, node.stop)
+                chunks[row] = PrefillChunk(name, begin, flat.stop[i])
                 batch.shared.enter(i, 2 * row, name)
                 entered.append((i, 2 * row))
             else:
                 # Neighbouring chunks of one request in one step are one chunk.
-                assert earlier.stop == node.start, node
-                chunks[row] = PrefillChunk(name, earlier.start, node.stop)
+                assert earlier.stop == flat.start[i], self.graph.nodes[i]
+                chunks[row] = PrefillChunk(name, earlier.start, flat.stop[i])
         return tuple(chunks[row] for row in sorted(chunks)), entered
 
     def start(self, decodes: Iterable[int], batch: _Batch, binds: list[Bind]) -> None:
         """Let requests join the batch."""
+        flat = self.flat
         for i in decodes:
-            node = self.flat.kv(i)
-            decl = self.graph.request[node.request]
+            name = flat.request[i]
             self.pools.allocate(i)
-            self.bind(i, node.request, binds)
-            self.answering.add(node.request)
-            if self.flat.forwards(i):
-                row = self.order[node.request]
-                batch.shared.enter(i, 2 * row + 1, node.request)
-                batch.join(row, node.request)
+            self.bind(i, name, binds)
+            self.answering.add(name)
+            if flat.forwards[i]:
+                row = self.order[name]
+                batch.shared.enter(i, 2 * row + 1, name)
+                batch.join(row, name)
                 # A row that continues a decode first feeds the last token of that one.
-                first = int(node.start == decl.prompt_len)
-                batch.context += node.start + first
+                first = flat.span[i] - flat.forwards[i]
+                batch.context += flat.start[i] + first
                 batch.generated += first
 
     def heir(self, i: int) -> str:
         """The request that runs prefill `i`: its own, or a user of it once that one is decoding."""
-        while (name := self.flat.kv(i).request) in self.answering:
+        while (name := self.flat.request[i]) in self.answering:
             children = self.flat.children.get(i)
             if not children:
                 break

@@ -112,16 +112,16 @@ class Pools:
         """Allocate for prefill `i` of request `name`; if that starts in the request's live block,
         take that block too. Returns where the tokens to compute begin."""
         flat = self._flat
-        node, live = flat.kv(i), self._live.get(name)
+        start, live = flat.start[i], self._live.get(name) if self._live else None
         size = self._graph.target.block_size
         here = live and (live.worker or self._default) == flat.worker[i]
-        if not live or not here or node.start != live.tokens // size * size:
+        if not live or not here or start != live.tokens // size * size:
             self.allocate(i)
-            return node.start
-        if node.stop <= live.tokens:
+            return start
+        if flat.stop[i] <= live.tokens:
             self.drop_live()
             self.allocate(i)
-            return node.start
+            return start
         del self._live[name]
         self._take(i, flat.blocks[i] - 1, live.block + 1)
         self._runs[i] = [(live.block, 1), *self._runs.get(i, [])]
@@ -241,9 +241,9 @@ class Pools:
         return reach
 
     def _keep(self, i: int) -> None:
-        node, first = self._flat.kv(i), self._flat.first[i]
+        first = self._flat.first[i]
         pool, size = self._pool(i), self._graph.target.block_size
-        contents = self._graph.request[node.request].blocks
+        contents = self._graph.request[self._flat.request[i]].blocks
         whole = min(len(contents), self._reach[i] // size)
         # Backwards: of a chain, what comes last is dropped first.
         for at in range(first + len(self.own[i]) - 1, first - 1, -1):
@@ -254,8 +254,10 @@ class Pools:
                 pool.give([(block, 1)])
 
     def _contents(self, i: int) -> tuple[int, ...]:
-        node, first = self._flat.kv(i), self._flat.first[i]
-        return self._graph.request[node.request].blocks[first : first + self._flat.blocks[i]]
+        first = self._flat.first[i]
+        return self._graph.request[self._flat.request[i]].blocks[
+            first : first + self._flat.blocks[i]
+        ]
 
     def _source(self, i: int) -> str:
         node = self._flat.kv(i)
@@ -266,7 +268,7 @@ class Pools:
         return self._pools[self._source(i), self._flat.worker[i]]
 
     def _pool(self, i: int) -> _Pool:
-        return self._pools[self._flat.kv(i).tier, self._flat.worker[i]]
+        return self._pools[self._flat.tier[i], self._flat.worker[i]]
 
     def _full(self, i: int, pool: _Pool) -> SageIRError:
         node = self._flat.kv(i)

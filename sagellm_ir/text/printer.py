@@ -13,6 +13,7 @@ from sagellm_ir.nodes import IRNode, KVNode
 from sagellm_ir.target import Target
 from sagellm_ir.text.syntax import (
     TEXT_VERSION,
+    Attribute,
     are_simple,
     attributes_of,
     format_name,
@@ -65,27 +66,40 @@ def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
     if isinstance(node, KVNode):
         text = f"{text} @{names[node.request]}[{node.start}:{node.stop}]"
     if node.operands:
-        text = f"{text}(%{', %'.join([names[name] for name in node.operands])})"
-    cls: type = type(node)
-    values = [
-        key + format_value(value, type_name)
-        for key, get, default, type_name in _getters(cls)
-        if (value := get(node)) != default
-    ]
-    if values:
-        text = f"{text} {{{', '.join(values)}}}"
+        text = f"{text}(%{', %'.join(map(names.__getitem__, node.operands))})"
+    text += _block(node)
     if node.after:
-        text = f"{text} after %{', %'.join([names[name] for name in node.after])}"
+        text = f"{text} after %{', %'.join(map(names.__getitem__, node.after))}"
     return f"{text} : {node.type}"
 
 
+def _block(value: Any) -> str:
+    """` {key = value, ...}` of the attributes that do not have their default, or nothing."""
+    cls: type = type(value)
+    get, defaults, attributes = _columns(cls)
+    if (found := get(value)) == defaults:
+        return ""
+    shown = [
+        f"{attribute.text} = {format_value(found[i], attribute.type)}"
+        for i, attribute in enumerate(attributes)
+        if found[i] != attribute.default
+    ]
+    return f" {{{', '.join(shown)}}}"
+
+
 @cache
-def _getters(cls: type) -> tuple[tuple[str, Callable[[Any], Any], Any, str], ...]:
-    """For each attribute of a class: `key = `, how to get its value, its default and its type."""
-    return tuple(
-        (f"{attribute.text} = ", attrgetter(attribute.field), attribute.default, attribute.type)
-        for attribute in attributes_of(cls)
-    )
+def _columns(cls: type) -> tuple[Callable[[Any], Any], tuple[Any, ...], tuple[Attribute, ...]]:
+    """A getter of all attributes of a class, as one tuple, their defaults, and what they are."""
+    attributes = attributes_of(cls)
+    names = [attribute.field for attribute in attributes]
+    if len(names) > 1:
+        get: Callable[[Any], Any] = attrgetter(*names)
+    else:
+
+        def get(value: Any) -> tuple[Any, ...]:
+            return tuple(getattr(value, name) for name in names)
+
+    return get, tuple(attribute.default for attribute in attributes), attributes
 
 
 def _provenance(node: IRNode) -> str:
@@ -119,13 +133,12 @@ def _declarations(graph: IRGraph) -> Iterator[str]:
 
 
 def _declaration(keyword: str, value: Any) -> str:
-    """`keyword @name {key = value, ...}`, without the attributes that have their default."""
+    """`keyword @name {key = value, ...}`; the first field of a declaration is its name."""
     cls: type = type(value)
-    name = getattr(value, attrs.fields(cls)[0].name)
-    values = [
-        key + format_value(field, type_name)
-        for key, get, default, type_name in _getters(cls)
-        if (field := get(value)) != default
-    ]
-    block = f" {{{', '.join(values)}}}" if values else ""
-    return f"{keyword} @{format_name(name)}{block}"
+    name = getattr(value, _name_field(cls))
+    return f"{keyword} @{format_name(name)}{_block(value)}"
+
+
+@cache
+def _name_field(cls: type) -> str:
+    return str(attrs.fields(cls)[0].name)

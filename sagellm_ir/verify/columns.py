@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ Mask = npt.NDArray[np.bool_]
 
 NONE = -1
 """Stands for no node, request, worker, tier or step."""
+
+_IDS = 1 << 63
 
 _PREFILL, _DECODE, _FETCH, _MIGRATE, _ALLREDUCE = range(1, 6)
 _CODES: dict[type[IRNode], int] = {
@@ -76,6 +79,34 @@ class Columns:
         self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
         self.prompt = _ints(request.prompt_len for request in graph.requests)
         self.end = _ints(request.stop for request in graph.requests)
+
+    @cached_property
+    def ids(self) -> Ints:
+        """The block ids of all requests, one request after the other; an id that is no block id
+        (it does not fit 64 bits) shows as -1."""
+        blocks = [request.blocks for request in self.graph.requests]
+        try:
+            return np.fromiter(chain.from_iterable(blocks), dtype=np.int64)
+        except OverflowError:
+            return _ints(id if id < _IDS else NONE for ids in blocks for id in ids)
+
+    @cached_property
+    def id_count(self) -> Ints:
+        """Block ids of each request."""
+        return _ints([len(request.blocks) for request in self.graph.requests])
+
+    @cached_property
+    def id_start(self) -> Ints:
+        """Where the ids of each request start in `ids`."""
+        return np.cumsum(self.id_count) - self.id_count
+
+    @cached_property
+    def space(self) -> Ints:
+        """The namespace of each request: equal for equal adapters and tenants."""
+        spaces: dict[tuple[str | None, str | None], int] = {}
+        return _ints(
+            [spaces.setdefault((r.adapter, r.tenant), len(spaces)) for r in self.graph.requests]
+        )
 
     def _spread(self, values: Iterable[Any], default: int = NONE) -> Ints:
         """Values of the KV nodes, with a default for the other nodes."""

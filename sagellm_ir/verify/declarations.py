@@ -9,7 +9,7 @@ import numpy as np
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import Columns
+from sagellm_ir.verify.columns import Columns, Ints
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]
@@ -83,55 +83,59 @@ def _same_requests(c: Columns) -> bool:
 
 
 def whole_prompts(c: Columns) -> Iterator[Finding]:
-    """A prompt has tokens, and one block id, used once, for each full block."""
+    """A prompt has tokens, and one block id for each full block."""
     if _same_requests(c):
         return
     size = c.graph.target.block_size
     for request in c.graph.requests:
-        blocks, full = request.blocks, request.prompt_len // size
         if request.prompt_len < 1:
-            message = f"request @{request.id} has an empty prompt"
-        elif len(blocks) != full:
-            message = (
-                f"request @{request.id} lists {len(blocks)} blocks, but its prompt of "
-                f"{request.prompt_len} tokens has {full} full blocks of {size}"
+            yield Finding(f"request @{request.id} has an empty prompt", request=request)
+        elif len(request.blocks) != request.prompt_len // size:
+            yield Finding(
+                f"request @{request.id} lists {len(request.blocks)} blocks, but its prompt of "
+                f"{request.prompt_len} tokens has {request.prompt_len // size} full blocks of {size}",
+                request=request,
             )
-        elif blocks and not 0 <= min(blocks) <= max(blocks) < _IDS:
-            message = f"request @{request.id} has a block id outside [0, 2**63)"
-        elif len(set(blocks)) < full:
-            message = f"request @{request.id} has one block id at two places of its prompt"
-        else:
-            continue
+    for at in np.unique(_owners(c)[c.ids < 0]).tolist():
+        request = c.graph.requests[at]
+        message = f"request @{request.id} has a block id outside [0, 2**63)"
         yield Finding(message, request=request)
+
+
+def _owners(c: Columns) -> Ints:
+    """The request of each id in `ids`."""
+    return np.repeat(np.arange(len(c.id_count)), c.id_count)
 
 
 def chained_blocks(c: Columns) -> Iterator[Finding]:
     """A block id stands for a chain: wherever it occurs, the same block stands before it, and the
-    first one belongs to one adapter and tenant."""
-    if _same_requests(c):
+    first one belongs to one adapter and tenant. So no id stands twice in one prompt."""
+    if _same_requests(c) or not len(c.ids) or c.ids.min() < 0:
         return
-    requests = c.graph.requests
-    spaces: dict[tuple[str | None, str | None], int] = {}
-    parents: list[int] = []
-    for request in requests:
-        space = spaces.setdefault((request.adapter, request.tenant), len(spaces))
-        parents += (~space, *request.blocks[:-1]) if request.blocks else ()
-    try:
-        parent = np.array(parents, dtype=np.int64)
-        block = np.array([b for request in requests for b in request.blocks], dtype=np.int64)
-    except OverflowError:  # `whole_prompts` finds it
-        return
-    _, first, which = np.unique(block, return_index=True, return_inverse=True)
-    counts = np.array([len(request.blocks) for request in requests], dtype=np.int64)
-    owner = np.repeat(np.arange(len(requests)), counts)
-    for i in np.flatnonzero(parent != parent[first[which]]).tolist():
-        request, other = requests[owner[i]], requests[owner[first[which[i]]]]
-        here, there = (_parent(int(parent[k])) for k in (i, first[which[i]]))
+    parent = np.roll(c.ids, 1)
+    some = c.id_count > 0
+    parent[c.id_start[some]] = ~c.space[some]
+    first = _first_places(c.ids)
+    owners = None
+    for i in np.flatnonzero(parent != parent[first]).tolist():
+        owners = _owners(c) if owners is None else owners
+        request, other = c.graph.requests[owners[i]], c.graph.requests[owners[first[i]]]
+        here, there = _parent(int(parent[i])), _parent(int(parent[first[i]]))
         yield Finding(
-            f"block id {block[i]} {here} in @{request.id}, but {there} in @{other.id}",
+            f"block id {c.ids[i]} {here} in @{request.id}, but {there} in @{other.id}",
             request=request,
             help="equal ids mean equal tokens, and equal everything before them",
         )
+
+
+def _first_places(ids: Ints) -> Ints:
+    """For each id, where it stands first. Ids are usually small, and then a table is enough."""
+    if int(ids.max()) < 8 * len(ids):
+        table = np.zeros(int(ids.max()) + 1, dtype=np.int64)
+        table[ids[::-1]] = np.arange(len(ids))[::-1]
+        return table[ids]
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    return first[which]
 
 
 def _parent(parent: int) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from sagellm_ir.nodes import KVFetch, KVNode
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import NONE, Columns
+from sagellm_ir.verify.columns import NONE, Columns, Ints
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]
@@ -20,28 +20,46 @@ def equal_blocks(c: Columns) -> Iterator[Finding]:
     holds for all ancestors: what a prefix shares was checked at the prefix.
     """
     for operand, until in ((c.prefix, c.start), (c.source, c.stop)):
-        there = np.flatnonzero(operand != NONE)
-        shared = there[c.request[there] != c.request[operand[there]]]
-        pairs = zip(shared.tolist(), operand[shared].tolist(), strict=True)
-        for i, j in pairs:
-            if why := _disagreement(c, int(c.request[i]), int(c.request[j]), int(until[i])):
-                yield Finding(f"%{c.names[i]} shares %{c.names[j]}, but {why}", i)
+        users = np.flatnonzero(operand != NONE)
+        users = users[c.request[users] != c.request[operand[users]]]
+        if not len(users):
+            continue
+        mine, other, tokens = c.request[users], c.request[operand[users]], until[users]
+        full, rest = np.divmod(tokens, c.graph.target.block_size)
+        fits = (full > 0) & (rest == 0) & (full <= np.minimum(c.id_count[mine], c.id_count[other]))
+        last = np.where(fits, full - 1, 0)
+        ours, theirs = (_id_at(c, requests, last) for requests in (mine, other))
+        agree = fits & (c.space[mine] == c.space[other]) & (ours == theirs)
+        for k in np.flatnonzero(~agree).tolist():
+            why = _disagreement(c, int(mine[k]), int(other[k]), int(tokens[k]))
+            yield Finding(
+                f"%{c.names[users[k]]} shares %{c.names[operand[users[k]]]}, but {why}",
+                int(users[k]),
+            )
+
+
+def _id_at(c: Columns, requests: Ints, block: Ints) -> Ints:
+    """An id of each request; anything for one that has none."""
+    if not len(c.ids):
+        return np.zeros(len(requests), dtype=np.int64)
+    found: Ints = c.ids[np.minimum(c.id_start[requests] + block, len(c.ids) - 1)]
+    return found
 
 
 def _disagreement(c: Columns, one: int, two: int, tokens: int) -> str:
-    """Why two requests may not share their first tokens; empty when they may."""
+    """Why two requests may not share their first tokens."""
     mine, other = c.graph.requests[one], c.graph.requests[two]
     if mine.adapter != other.adapter or mine.tenant != other.tenant:
         return f"@{mine.id} and @{other.id} are of different adapters or tenants"
     full, rest = divmod(tokens, c.graph.target.block_size)
     if rest:
         return f"only full blocks are shared, and {tokens} is inside a block"
-    ours, theirs = mine.blocks, other.blocks
+    ours, theirs = mine.blocks[:full], other.blocks[:full]
     if min(len(ours), len(theirs)) < full:
         return f"the prompts of @{mine.id} and @{other.id} do not both have {full} full blocks"
-    if ours[full - 1] == theirs[full - 1]:
-        return ""
-    at = next(k for k in range(full) if ours[k] != theirs[k])
+    at = next((k for k in range(full) if ours[k] != theirs[k]), full)
+    if at == full:
+        return "it shares no block"
     return f"@{mine.id} and @{other.id} differ in block {at} ({ours[at]} and {theirs[at]})"
 
 

@@ -200,10 +200,13 @@ class _Parser:
             at, quoted = self.at, self.kind == "string"
             text = self.value()
         try:
-            values[key] = _convert(text, option.type, quoted)
-            if option.validator:
-                option.validator(None, option, values[key])
+            value = values[key] = _convert(text, option.type, quoted)
         except (ValueError, KeyError) as error:
+            raise self.error(_bad_value(cls, option, text), at=at) from error
+        try:
+            if option.validator:
+                option.validator(None, option, value)
+        except ValueError as error:
             raise self.error(_bad_value(cls, option, text), _choices(error, text), at) from error
 
     def value(self) -> str:
@@ -227,11 +230,9 @@ def _reason(error: ValueError) -> str:
     return str(error.args[0]) if error.args else "invalid options"
 
 
-def _choices(error: Exception, text: str) -> str:
+def _choices(error: ValueError, text: str) -> str:
     """Help for a wrong value: the nearest of the choices, or what the validator said."""
     match error.args:
         case (_, _, (str(), *_) as choices, _):
             return suggest(text, choices)
-        case (str() as message, _, *_):
-            return message
-    return ""
+    return _reason(error)

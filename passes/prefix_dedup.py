@@ -59,15 +59,27 @@ class PrefixDedup(Pass):
     """Ask the cost model."""
 
     def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
+        while True:
+            result, again = self._share(graph, ctx)
+            if not again:
+                return result
+            graph = result
+
+    def _share(self, graph: IRGraph, ctx: PassContext) -> tuple[IRGraph, bool]:
+        """The graph after one walk, and whether another may find more: edges between requests
+        that the walk took away may have kept a request from leading. Each walk leaves fewer tokens
+        to compute, so there are few."""
         order = _leaders_first(graph)
         tree = RadixTree.of(BlockTable(order, graph.target.block_size))
         kept = [i for i in self._worth_it(tree, CostModel(graph.target)) if ctx.may_rewrite()]
         if not kept:
-            return graph
+            return graph, False
         sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
         for node in topological(graph.nodes, canonical_ranks(graph, order)):
             sharing.visit(node)
-        return finish(graph, sharing.nodes, sharing.gone, sharing.idle) if ctx.counts else graph
+        if not sharing.changed:
+            return graph, False
+        return finish(graph, sharing.nodes, sharing.gone, sharing.idle), sharing.again
 
     def _worth_it(self, tree: "RadixTree", cost: CostModel) -> list[int]:
         """The boundaries to keep, in leaders' order. Followers of others go to the one above."""
@@ -107,6 +119,9 @@ class _Sharing:
     """By request, how far others had computed its prompt when its first node was visited."""
     waits: dict[str, tuple[str, ...]] = field(factory=dict)
     """By node, the order edges of it and its ancestors in its request."""
+    changed: bool = False
+    again: bool = False
+    """Whether an edge between requests was taken away."""
 
     names: Names = field(init=False)
     copied: set[str] = field(init=False)
@@ -119,6 +134,8 @@ class _Sharing:
         """Rewrites one node."""
         if isinstance(node, AllReduce):
             return
+        if self.gone and not self.gone.keys().isdisjoint(node.operands):
+            self.again = True
         if not isinstance(node, KVNode) or node.request not in self.cuts:
             self.nodes.append(node)
             return
@@ -159,13 +176,11 @@ class _Sharing:
         if at < computed and stops[at] == node.stop and blocks[at] in self.values:
             self.skip(node)
             self.gone[node.name] = merge((self.values[blocks[at]],), self.waits[node.name])
-            self.ctx.count("nodes shared")
-            self.save(node, node.stop)
+            self.count("nodes shared", node, node.stop)
             return
         if at >= computed > 0 and stops[computed - 1] > node.start:
             self.skip(node)
-            self.save(node, stops[computed - 1])
-            self.ctx.count("prefixes shared")
+            self.count("prefixes shared", node, stops[computed - 1])
             node = node.replace(
                 start=stops[computed - 1],
                 operands=(self.values[blocks[computed - 1]],),
@@ -174,6 +189,7 @@ class _Sharing:
         first = max(bisect_right(stops, node.start), computed)
         cuts = stops[first:at]
         if cuts:
+            self.changed = True
             self.ctx.count("prefixes led", len(cuts))
         for piece in split(node, cuts, self.names.numbered(f"{node.name}.s"), self.by):
             self.keep(piece)
@@ -189,14 +205,18 @@ class _Sharing:
         return self.hits[request]
 
     def skip(self, node: KVNode) -> None:
-        """Notes that a node no longer needs its ancestors in its request."""
+        """Notes that a node no longer needs its ancestors."""
         prefix = self.graph.by_name.get(node.prefix or "")
-        while isinstance(prefix, KVNode) and prefix.request == node.request:
-            if prefix.name in self.idle:
+        while isinstance(prefix, KVNode) and prefix.name not in self.idle:
+            if prefix.request != node.request:
+                self.again = True
                 return
             self.idle.add(prefix.name)
             prefix = self.graph.by_name.get(prefix.prefix or "")
 
-    def save(self, node: KVNode, until: int) -> None:
+    def count(self, what: str, node: KVNode, until: int) -> None:
+        """Notes that `[node.start, until)` is taken from another request."""
+        self.changed = True
+        self.ctx.count(what)
         if isinstance(node, Prefill):
             self.ctx.count("tokens saved", until - node.start)

@@ -23,12 +23,15 @@ SITE = BUILD / "site"
 STOCK = BUILD / "stock"
 
 
-def _patched() -> Path:
-    """A folder name that changes with the patches, so that a stale tree is never tested."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "patches" / "lmdeploy").glob("*.patch")):
+def _digest(*paths: Path) -> str:
+    """Part of a file name that changes with what it was made from."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in paths:
         digest.update(path.read_bytes())
-    return BUILD / f"patched-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
+
+
+PATCHED = BUILD / f"patched-{_digest(*sorted((ROOT / 'patches' / 'lmdeploy').glob('*.patch')))}"
 
 
 @contextmanager
@@ -60,31 +63,30 @@ def prepare() -> bool:
 
 
 def recorded() -> Any:
-    """What `tests.lmdeploy.recordings` prints on the stock tree; made once, for all test processes."""
-    sources = (HERE / "recordings.py", HERE / "cpu.py", Path(sys.executable))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources[:2]))
-    digest.update(str(sources[2]).encode())
-    cache = BUILD / f"recorded-{digest.hexdigest()[:12]}.json"
+    """What `tests.lmdeploy.recordings` prints on the stock tree; made once, for all processes."""
+    cache = BUILD / f"recorded-{_digest(HERE / 'recordings.py', HERE / 'cpu.py')}.json"
     with _locked():
         if not cache.is_file():
             for stale in BUILD.glob("recorded-*"):
                 stale.unlink()
-            cache.write_text(_record())
+            run = _start(STOCK, "tests.lmdeploy.recordings")
+            out, err = run.communicate()
+            assert run.returncode == 0, err
+            cache.write_text(out.splitlines()[-1])
     return json.loads(cache.read_text())
 
 
-def _record() -> str:
-    paths = os.pathsep.join([str(STOCK), str(ROOT), str(SITE)])
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.lmdeploy.recordings"],
+def on_patched(module: str, *arguments: str) -> subprocess.Popen[str]:
+    """A process that runs a module on the patched tree."""
+    return _start(PATCHED, module, *arguments)
+
+
+def _start(tree: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT), str(SITE)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()[-1]
-
-
-PATCHED = _patched()

@@ -12,7 +12,17 @@ from tests.lowering.test_verify_plan import PLAN
 
 def test_a_table() -> None:
     lines = [line.split() for line in plan_text(PLAN).splitlines()]
-    assert lines[0] == ["step", "worker", "start", "ms", "prefill", "decode", "shared", "moved", "used"]
+    assert lines[0] == [
+        "step",
+        "worker",
+        "start",
+        "ms",
+        "prefill",
+        "decode",
+        "shared",
+        "moved",
+        "used",
+    ]
     assert lines[1][4:] == ["r0[0:8]", "2"]
     assert lines[2][4:] == ["r0[8:10]", "r1[8:9]", "8", "4"]
     assert lines[3][4:] == ["r0", "r1", "x2", "8", "6"]

@@ -12,7 +12,7 @@ from rich.rule import Rule
 
 from sagellm_ir.build import build
 from sagellm_ir.lowering.lower import lower
-from sagellm_ir.lowering.render import plan_to_text
+from sagellm_ir.lowering.render import plan_text
 from sagellm_ir.lowering.verify_plan import verify_plan
 from sagellm_ir.passes.instruments import Statistics
 from sagellm_ir.passes.manager import PassManager
@@ -60,7 +60,7 @@ def main() -> None:
     section("3. The graph is lowered to a plan")
     plan = lower(graph, built.tokens)
     verify_plan(plan)
-    console.print(plan_to_text(plan), markup=False)
+    console.print(plan_text(plan), markup=False)
 
     section("4. The embedded engine runs it")
     sampling = {request.id: request.sampling for request in loaded.requests}

@@ -85,17 +85,17 @@ def _print(graph: IRGraph, form: str, provenance: bool) -> str:
 
 
 def _print_plan(compilation: Compilation, manager: PassManager, form: str) -> str:
-    from sagellm_ir.lowering.render import plan_to_mermaid, plan_to_text
+    from sagellm_ir.lowering.render import plan_mermaid, plan_text
     from sagellm_ir.lowering.serial import plan_to_json
 
     plan = compilation.plan(manager.run(compilation.graph))
     if form == "json":
         return plan_to_json(plan)
     if form == "mermaid":
-        return plan_to_mermaid(plan)
+        return plan_mermaid(plan)
     if form == "dot":
         raise SageIRError(Diagnostic("a plan has no dot form", help="use text, json or mermaid"))
-    return plan_to_text(plan)
+    return plan_text(plan)
 
 
 @shared.command(app, "passes", example="ir passes --show --request examples/tokens.jsonl --diff")

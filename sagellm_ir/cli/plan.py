@@ -7,6 +7,7 @@ import typer
 
 from sagellm_ir.cli import shared, watching
 from sagellm_ir.cli.compiling import choose_pipeline, compile_graph, start
+from sagellm_ir.cli.timeline import timeline
 from sagellm_ir.text import parse_graph
 
 __all__ = ["add_to"]
@@ -38,7 +39,7 @@ def plan(
     output: shared.Out = None,
 ) -> None:
     """Compile requests to a plan. Shows it, or writes it to a file that `run --plan` takes."""
-    from sagellm_ir.lowering.render import plan_to_text
+    from sagellm_ir.lowering.render import plan_text
     from sagellm_ir.lowering.serial import plan_to_json, save_plan
 
     if (request is None) == (graph is None):
@@ -58,4 +59,4 @@ def plan(
     elif as_json:
         shared.emit(plan_to_json(made))
         return
-    shared.emit(plan_to_text(made))
+    shared.emit(f"{plan_text(made)}\n\n{timeline(made)}")

@@ -1,6 +1,4 @@
-"""`schema dump`: the JSON Schemas of what we read and write."""
-
-from typing import Annotated
+"""`schema dump`: the JSON Schema of plans."""
 
 import typer
 
@@ -11,18 +9,19 @@ __all__ = ["app"]
 app = typer.Typer(
     name="schema",
     no_args_is_help=True,
-    help="JSON Schemas of plans and graphs.",
+    help="The JSON Schema of plans.",
     epilog="Example: sage infer schema dump > plan.schema.json",
 )
 
 
-@shared.command(app, "dump", example="schema dump --of plan -o plan.schema.json")
-def dump(
-    of: Annotated[str, typer.Option(metavar="plan|graph", help="Which schema.")] = "plan",
-    output: shared.Out = None,
-) -> None:
-    """Print a JSON Schema (draft 2020-12)."""
-    from sagellm_ir.lowering.schema import graph_schema, plan_schema
+@app.callback()
+def _group() -> None:
+    """The JSON Schema of plans."""
 
-    shared.one_of("--of", of, ("plan", "graph"))
-    shared.emit_json(plan_schema() if of == "plan" else graph_schema(), output)
+
+@shared.command(app, "dump", example="schema dump -o plan.schema.json")
+def dump(output: shared.Out = None) -> None:
+    """Print the JSON Schema (draft 2020-12) that plan files follow."""
+    from sagellm_ir.lowering.schema import plan_schema
+
+    shared.emit_json(plan_schema(), output)

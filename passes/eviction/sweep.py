@@ -78,6 +78,12 @@ class Sweep:
         self.copyable = [end + made for end, made in zip(live.end, forward, strict=True)]
         """The first step in which each can be copied: moves run before the forward."""
         self.batches: list[Batch] = []
+        self.copied = {source for source in live.source if source >= 0}
+        self.copied_decodes = [
+            (live.step[i], live.end[i])
+            for i in sorted(self.copied)
+            if isinstance(live.graph.nodes[i], Decode)
+        ]
         self.request = [getattr(node, "request", "") for node in live.graph.nodes]
         self.pools = [self._pool(worker, policy) for worker in range(len(self.target.workers))]
         self.uses = self._uses()
@@ -197,13 +203,21 @@ class Sweep:
         self.resident[value] = 1
         self.pools[live.worker[value]].used += live.blocks[value]
         if value in self.away:
-            self.copyable[value] = step + (self.away[value].store < 0)
+            computed = self.away[value].store < 0
+            self.copyable[value] = step + computed
+            if computed and self._span(value) > self.target.max_tokens:
+                self.copyable[value] = len(live.graph.loops)  # several nodes: never copied whole
         node = live.graph.nodes[value]
         assert isinstance(node, KVNode)
         seconds = self.cost.prefill(node.start, node.stop)
         self.entries[value] = Entry(max(live.blocks[value], 1), seconds, inserted=step, used=step)
         if live.prefix[value] >= 0:
             self.children[live.prefix[value]] += 1
+
+    def _span(self, value: int) -> int:
+        node = self.live.graph.nodes[value]
+        assert isinstance(node, KVNode)
+        return node.stop - node.start
 
     def _leave(self, value: int, step: int) -> None:
         """The value gives its place up; what it built on may be a leaf now."""
@@ -314,7 +328,18 @@ class Sweep:
         assert isinstance(node, KVNode)
         size = self.target.block_size
         inside = node.stop < self.live.graph.request[node.request].prompt_len
-        return inside and not node.start % size and not node.stop % size
+        whole = not node.start % size and not node.stop % size
+        # if it takes several prefills, no single node has all of what a move copies
+        single = node.stop - node.start <= self.target.max_tokens
+        return inside and whole and (single or value not in self.copied) and not self._fixed(value)
+
+    def _fixed(self, value: int) -> bool:
+        """Whether the step that needs the value next runs a decode that a move copies later: it
+        must stay whole, so no step can be put in there."""
+        if not self.copied_decodes:
+            return False
+        next_use = self.uses[value][0][0] if value not in self.away else self.away[value].next_use
+        return any(first < next_use <= end for first, end in self.copied_decodes)
 
     def _store(self, pool: Pool, blocks: int) -> int:
         """The fastest lower tier with room, or -1."""

@@ -20,7 +20,9 @@ class Job:
     nodes: list[int] = field(factory=list)
     """In order; empty while the request waits unopened."""
     left: int = 0
-    """Nodes that have not run, and copies to other workers that have not been made."""
+    """Nodes that have not run."""
+    copies: int = 0
+    """Copies to other workers that have not been made: until then its KV stays."""
     admitted: bool = False
 
 
@@ -88,7 +90,7 @@ class Jobs:
         job.nodes.append(node)
         job.left += 1
         if self._many:
-            job.left += sum(self.crosses(node, user) for user in self.problem.users[node])
+            job.copies += sum(self.crosses(node, user) for user in self.problem.users[node])
 
     def blocker(self, job: Job) -> int | None:
         """A node of another job that must finish first.
@@ -117,19 +119,21 @@ class Jobs:
         return blocker is not None
 
     def finish(self, node: int) -> list[Job]:
-        """Marks a node as finished; returns the jobs that ended with it."""
+        """Marks a node as finished; returns its job, and those whose KV it copied from another
+        worker."""
         self.finished[node] = 1
-        ended = [self.of[node]]
+        own = self.of[node]
+        assert own is not None, "a node runs only after a job has claimed it"
+        own.left -= 1
+        touched = [own]
         if self._many:
-            reads = self.problem.operands[node]
-            ended += [self.of[read] for read in reads if self.crosses(read, node)]
-        answer: list[Job] = []
-        for job in ended:
-            assert job is not None, "a node runs only after a job has claimed it"
-            job.left -= 1
-            if not job.left:
-                answer.append(job)
-        return answer
+            for read in self.problem.operands[node]:
+                if self.crosses(read, node):
+                    other = self.of[read]
+                    assert other is not None, "it has run"
+                    other.copies -= 1
+                    touched.append(other)
+        return list(dict.fromkeys(touched))
 
     def scatter(self) -> list[Job]:
         """Breaks up parked jobs that wait for each other into single nodes.

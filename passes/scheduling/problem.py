@@ -50,6 +50,8 @@ class Problem:
     followers: dict[int, list[int]]
     """Reverse of `waits`."""
     worker: list[int]
+    copied: set[int]
+    """Nodes that moves copy: their spans must stay as they are."""
     instant: dict[int, int]
     """Decodes without forwards, by the prefill that makes their token."""
     owner: list[int]
@@ -117,6 +119,11 @@ def flatten(graph: IRGraph) -> Problem:
         users=users,
         followers=followers,
         worker=[places[node.worker] if node.worker else 0 for node in nodes],
+        copied={
+            index[node.source]
+            for node in nodes
+            if isinstance(node, KVFetch | KVMigrate) and node.source is not None
+        },
         instant=instant,
         owner=owner,
         owned=owned,

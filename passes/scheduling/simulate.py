@@ -121,13 +121,12 @@ class _Simulation:
         """Tokens of each prefill that are done, and those before it."""
         self.size = problem.size.copy()
         """Rows of each prefill that are left; forwards of each decode."""
-        self.timeline = Timeline([-1] * count, [-1] * count, *([-1] * requests for _ in range(4)))
+        self.timeline = Timeline(count, requests)
         self.seated = [-1] * requests
         """By request: the last step in which it had a seat."""
         self.workers = [WorkerState() for _ in target.workers]
         self.posted = 0
-        if not fill:
-            self._check_sizes()
+        self._check_sizes()
         for i, owned in enumerate(problem.owned):
             if owned:
                 arrival = problem.graph.requests[i].arrival if arrivals else 0.0
@@ -136,14 +135,15 @@ class _Simulation:
     def _check_sizes(self) -> None:
         most = self.target.max_tokens
         for i, kind in enumerate(self.problem.kind):
-            if kind == PREFILL and self.size[i] > most:
+            whole = not self.fill or i in self.problem.copied
+            if kind == PREFILL and whole and self.size[i] > most:
                 node = self.problem.graph.nodes[i]
                 raise SageIRError(
                     Diagnostic(
                         f"%{node.name} prefills {self.size[i]} tokens, but a step of target "
                         f"{self.target.name!r} has room for {most}",
                         loc=node.loc,
-                        help="run chunk-prefill before schedule, or use schedule{fill=true}",
+                        help="run chunk-prefill before schedule",
                     )
                 )
 
@@ -225,9 +225,8 @@ class _Simulation:
         job.admitted = True
         if self.timeline.admitted[job.request] < 0:
             self.timeline.admitted[job.request] = len(self.timeline.loops)
-        for node in job.nodes:
-            if not self.missing[node] and self.timeline.step[node] < 0:
-                self._ready(state, node)
+        for node in [node for node in job.nodes if not self.missing[node]]:
+            self._ready(state, node)
 
     def _too_big(self, job: Job, needed: int) -> SageIRError:
         request = self.problem.graph.requests[job.request]
@@ -265,28 +264,37 @@ class _Simulation:
         state.open, state.decoding = True, mixed
         self._make_room(state, rows if mixed else 0)
         moves, state.moves = state.moves, []
+        decodes, state.decodes = state.decodes, []
         for node in moves:
             self._move(state, node)
         if mixed:
-            self._start_decodes(state)
-        # An interruption cuts every row in two, so it has to be worth it: at most so many pieces
-        # come of it as jobs came or went since the last one, times a constant.
-        passed = False
-        if mixed or state.paused or not rows or INTERRUPTION * state.changes >= rows:
-            passed = self._fill(state)
+            self._start_all(state, decodes)
+        passed = self._may_interrupt(state) and self._fill(state)
         limit = self._limit(state, passed)
-        if not mixed:
-            if state.rows:
-                state.changes = 0
-                self._pause(state)
-            else:
-                state.decoding = True
-                self._resume(state)
-                self._make_room(state, rows)
-                self._start_decodes(state)
+        if not mixed and state.rows:
+            state.changes = 0
+            self._pause(state)
+            state.decodes = decodes + state.decodes
+        elif not mixed:
+            state.decoding = True
+            self._resume(state)
+            self._make_room(state, rows)
+            self._start_all(state, decodes)
         state.open = False
         if state.done or state.rows or (state.running and state.decoding):
             self._advance(index, state, limit)
+
+    def _may_interrupt(self, state: WorkerState) -> bool:
+        """Whether prefills may run now, though that stops decodes where steps are not mixed.
+
+        It cuts every row in two, so it has to be worth it: of all interruptions together come
+        at most so many pieces as there are jobs, times a constant. What a move copies is whole.
+        """
+        if self.target.mixed or state.paused or not state.running:
+            return True
+        if INTERRUPTION * state.changes < len(state.running):
+            return False
+        return not any(node in self.problem.copied for _, node in state.running)
 
     def _make_room(self, state: WorkerState, rows: int) -> None:
         state.room = self.target.max_tokens - rows
@@ -383,9 +391,9 @@ class _Simulation:
         state.context += self.problem.start[node]
         return True
 
-    def _start_decodes(self, state: WorkerState) -> None:
-        waiting, state.decodes = state.decodes, []
-        state.decodes = [node for node in waiting if not self._start(state, node)]
+    def _start_all(self, state: WorkerState, nodes: list[int]) -> None:
+        """Starts decodes; those for which there is no row wait on, before all others."""
+        state.decodes[:0] = [node for node in nodes if not self._start(state, node)]
 
     def _fill(self, state: WorkerState) -> bool:
         """Issues prefills and admits jobs while the step has room; True if any did not fit."""
@@ -417,7 +425,7 @@ class _Simulation:
         size, start, block = self.size[node], self.start[node], self.target.block_size
         if size <= state.room:
             return size
-        if not self.fill:
+        if not self.fill or node in self.problem.copied:
             return 0
         aligned = (start + state.room) // block * block - start
         if aligned > 0:
@@ -498,12 +506,16 @@ class _Simulation:
 
     def _finish(self, state: WorkerState, node: int) -> None:
         """The step of a node is over: its job may end, and what waited for it may go on."""
-        for job in self.jobs.finish(node):
-            home = self.workers[job.worker]
-            home.pinned -= self.jobs.unpin(job)
-            home.active -= 1
-            home.changes += 1
-            home.stuck = None
+        own, *others = self.jobs.finish(node)
+        if not own.left:
+            state.active -= 1
+            state.changes += 1
+            state.stuck = None
+        for job in (own, *others):
+            if not job.left and not job.copies:
+                home = self.workers[job.worker]
+                home.pinned -= self.jobs.unpin(job)
+                home.stuck = None
         if len(self.workers) > 1:
             for user in self.problem.users[node]:
                 self.missing[user] -= self.jobs.crosses(node, user)

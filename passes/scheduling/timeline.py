@@ -4,7 +4,7 @@ from collections import Counter
 from enum import Enum
 from typing import NamedTuple
 
-from attrs import Factory, define, frozen
+from attrs import frozen
 
 from sagellm_ir.passes.scheduling.problem import Problem
 
@@ -53,38 +53,38 @@ class RequestTrace:
     """Steps between arrival and admission, by what held it back in each."""
 
 
-@define
 class Timeline:
     """Columns by node, by request and by step. -1: none."""
 
-    step: list[int]
-    until: list[int]
-    ready: list[int]
-    """By request: the first step it could have been admitted in, had there been room."""
-    opened: list[int]
-    """By request: the step in which it was first in the queue, and its nodes were claimed."""
-    queued: list[int]
-    """By request: the step from which on it waited for nothing but room."""
-    admitted: list[int]
-    """By request: the step in which its first job was admitted."""
-    loops: list[int] = Factory(list)
-    """By step: forwards."""
-    worker: list[int] = Factory(list)
-    start: list[float] = Factory(list)
-    """By step: virtual time, in seconds."""
-    cost: list[float] = Factory(list)
-    """By step: seconds."""
-    limit: list[Limit | None] = Factory(list)
-    """By step: what kept more work out; None when there was none."""
-    head: list[int] = Factory(list)
-    """By step: the request that was kept out first; -1 when there was none."""
-    issued: list[int] = Factory(list)
-    """Nodes in the order in which they start; one that was cut stands here for each piece."""
-    pieces: dict[int, list[Piece]] = Factory(dict)
-    """By node that was cut: its pieces but the last, whose steps are `step` and `until`."""
-
-    places: list[int] = Factory(list)
-    """The step of each entry of `issued`."""
+    def __init__(self, nodes: int, requests: int) -> None:
+        self.step = [-1] * nodes
+        self.until = [-1] * nodes
+        """By decode: the last step it runs in."""
+        self.pieces: dict[int, list[Piece]] = {}
+        """By node that was cut: its pieces but the last, which `step` and `until` are of."""
+        self.ready = [-1] * requests
+        """By request: the first step it could have been admitted in, had there been room."""
+        self.opened = [-1] * requests
+        """By request: the step in which it was first in the queue, and its nodes were claimed."""
+        self.queued = [-1] * requests
+        """By request: the step from which on it waited for nothing but room."""
+        self.admitted = [-1] * requests
+        """By request: the step in which its first job was admitted."""
+        self.loops: list[int] = []
+        """By step: forwards."""
+        self.worker: list[int] = []
+        self.start: list[float] = []
+        """By step: virtual time, in seconds."""
+        self.cost: list[float] = []
+        """By step: seconds."""
+        self.limit: list[Limit | None] = []
+        """By step: what kept more work out; None when nothing did."""
+        self.head: list[int] = []
+        """By step: the request that was kept out first."""
+        self.issued: list[int] = []
+        """Nodes in the order in which they start; one that was cut stands here for each piece."""
+        self.places: list[int] = []
+        """The step of each entry of `issued`."""
 
     def gather(self) -> None:
         """Moves steps in which nothing starts next to the step before them on their worker.

@@ -1,5 +1,6 @@
 """`PrefixAttention`: attention over a paged cache that reads shared prefixes once."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,21 +9,20 @@ from attrs import frozen
 from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.buffers import Mirror
 from sagellm_ir.runtime.accel.forest import Ints, SharedPrefix, plan_forest
 from sagellm_ir.runtime.accel.gate import Gate, ceil_div
-from sagellm_ir.runtime.accel.launch import LOG2E, Lists, Tensors, launch_attend, launch_merge
+from sagellm_ir.runtime.accel.launch import (
+    LOG2E,
+    Lists,
+    Tensors,
+    launch_attend,
+    launch_merge,
+    launch_schedule,
+)
 from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
 from sagellm_ir.runtime.accel.tiles import tile_for
-from sagellm_ir.runtime.accel.worklist import (
-    CHUNK,
-    CHUNKS,
-    ITEM_COST,
-    NODE_FIELDS,
-    Limits,
-    plan_shared,
-)
+from sagellm_ir.runtime.accel.worklist import NODE_FIELDS, Limits, plan_shared
 
 __all__ = ["PrefixAttention", "Variant"]
 
@@ -107,7 +107,7 @@ class PrefixAttention:
         # The schedule kernel's: slots, parts, sizes, items.
         ints = torch.zeros(2 * batch + 2 + 2 * items, dtype=torch.int32, device=self.device)
         slots, part_start, self._sizes, self._items = ints.split([batch, batch, 2, 2 * items])
-        names = ("q_start", "begin", "shared_slots", "row_seq", "nodes", "rows")
+        names = ("q_start", "begin", "shared_slots", "part_base", "row_seq", "nodes", "rows")
         self._lists = Lists(
             *map(self._meta.device, (*names, "where_start", "where")),
             slots=slots,
@@ -168,6 +168,11 @@ class PrefixAttention:
         self.variant = Variant(private.rows, work.tile_rows if work else 0)
         return self.variant
 
+    def poison(self) -> None:
+        """Fill the workspace with NaN: a result that reads what nobody wrote shows."""
+        self._lists.partial.fill_(math.nan)
+        self._lists.lse.fill_(math.nan)
+
     def _check(self, new: Ints, total: Ints) -> None:
         if new.shape != total.shape or new.ndim != 1:
             problem = f"{new.shape} query lengths for {total.shape} KV lengths"
@@ -189,22 +194,16 @@ class PrefixAttention:
             kv_lens: int32 `[>= batch]`, contiguous: as for `update`, grown since by the tokens that
                 were decoded.
         """
-        spec, lists = self.spec, self._lists
-        tile = tile_for(spec, self.variant.private)
-        kernels.schedule[(self._batch,)](
-            *(kv_lens, lists.q_start, lists.begin, lists.shared_slots),
-            *(self._meta.device("part_base"), lists.slots, lists.parts, self._items, self._sizes),
-            *(self._batch, self._limits.items, self._limits.parts),
-            GRID=self._sms * tile.ctas,
-            KV_HEADS=spec.kv_heads,
-            GROUP=spec.group,
-            BM=tile.rows,
-            BLOCK=spec.block_size,
-            WINDOW=spec.window,
-            CHUNK=CHUNK,
-            CHUNKS=CHUNKS,
-            ITEM_COST=ITEM_COST,
-            BATCH=1 << (self.max_batch - 1).bit_length(),
+        launch_schedule(
+            self.spec,
+            tile_for(self.spec, self.variant.private),
+            kv_lens,
+            self._lists,
+            self._items,
+            self._sizes,
+            sms=self._limits.sms,
+            max_batch=self.max_batch,
+            batch=self._batch,
         )
 
     def run(
@@ -227,8 +226,8 @@ class PrefixAttention:
         Args:
             q: `[rows, heads, head_dim]` in `spec.dtype`, any row and head strides. Row `t` of
                 sequence `i` has position `kv_lens[i] - q_lens[i] + t` and sees all keys up to it.
-            k_cache: `[blocks, block_size, kv_heads, head_dim]` in `spec.cache_dtype`, last dimension
-                contiguous, other strides free.
+            k_cache: `[blocks, block_size, kv_heads, head_dim]` in `spec.cache_dtype`, the last
+                dimension contiguous, other strides free.
             v_cache: like `k_cache`.
             block_table: int32 `[batch, pages]`, rows any stride apart: page `j` of a sequence holds
                 its tokens from `j * block_size` on. Entries behind its last page are not read.

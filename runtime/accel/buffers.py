@@ -1,4 +1,4 @@
-"""Static device buffers: the host writes them when the batch changes, kernels read them in between."""
+"""Static device buffers: the host writes them when the batch changes, kernels read them."""
 
 import numpy as np
 import torch

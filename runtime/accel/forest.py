@@ -25,7 +25,7 @@ class SharedPrefix:
     """Sequences whose block tables agree on the pages of tokens `[start, stop)`.
 
     Groups form a forest: a group nests in the one that ends where it starts and holds its rows, as
-    `lowering.plan.PrefixGroup` does for requests. `start` and `stop` are multiples of the block size.
+    `lowering.plan.PrefixGroup` does for requests. `start` and `stop` are multiples of a block.
     """
 
     start: int

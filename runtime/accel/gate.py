@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from sagellm_ir.runtime.accel.spec import AttentionSpec
-from sagellm_ir.runtime.accel.tiles import TILE_ROWS, tile_for
+from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
 
 __all__ = ["Gate", "ceil_div"]
 
@@ -19,8 +19,8 @@ def ceil_div(a: int, b: int) -> int:
 class Gate:
     """A roofline of the two ways to read a node; the faster one is taken.
 
-    The rates are predictions for one H200 until `benchmarks/gpu/attention.py` has measured them; its
-    JSON holds a `gate` with the same fields, so `Gate(**report["gate"])` is the measured one.
+    The rates are predictions for one H200. `benchmarks/gpu/attention.py` measures them: its JSON has
+    a `gate` with these fields, so that `Gate(**report["gate"])` is the measured one.
     """
 
     bandwidth: float = 4.3e12
@@ -53,7 +53,7 @@ class Gate:
         return apart - together - partials / self.bandwidth
 
     def tile_rows(self, spec: AttentionSpec, nodes: Sequence[tuple[int, int]]) -> int:
-        """The tile height with the least time for (queries, tokens) nodes; of equals the smallest."""
+        """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
 
         def seconds(rows: int) -> float:
             return sum(
@@ -61,7 +61,7 @@ class Gate:
                 for queries, tokens in nodes
             )
 
-        return min(TILE_ROWS, key=seconds)
+        return min(tile_heights(spec), key=seconds)
 
     def _read(self, spec: AttentionSpec, tiles: int, rows: int, tokens: int) -> float:
         """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""

@@ -8,8 +8,19 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile
+from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, ITEM_COST
 
-__all__ = ["LOG2E", "Lists", "Tensors", "attend_constants", "launch_attend", "launch_merge"]
+__all__ = [
+    "LOG2E",
+    "Lists",
+    "Tensors",
+    "attend_constants",
+    "launch_attend",
+    "launch_merge",
+    "launch_schedule",
+    "merge_constants",
+    "schedule_constants",
+]
 
 LOG2E = 1.4426950408889634
 
@@ -66,7 +77,7 @@ class Tensors:
 def _check(
     name: str, tensor: Tensor | None, shape: tuple[int | None, ...] | None, dtype: torch.dtype
 ) -> None:
-    """Raise unless a tensor has a shape (None: any size), a type and a contiguous last dimension."""
+    """Raise unless a tensor has a shape (None: any), a type and a contiguous last dimension."""
     if shape is None:
         if tensor is None:
             return
@@ -93,6 +104,7 @@ class Lists:
     q_start: Tensor
     begin: Tensor
     shared_slots: Tensor
+    part_base: Tensor
     row_seq: Tensor
     nodes: Tensor
     rows: Tensor
@@ -153,7 +165,20 @@ def launch_attend(
         **attend_constants(spec, tile, shared=shared, upcast=upcast),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
+
+
+def merge_constants(spec: AttentionSpec) -> dict[str, object]:
+    """The compile-time arguments of `merge`."""
+    return {
+        "KV_HEADS": spec.kv_heads,
+        "GROUP": spec.group,
+        "D": spec.head_dim,
+        "SINKS": spec.sinks,
+        "SLOTS": 16,
+        "BD": 1 << (spec.head_dim - 1).bit_length(),
+    }
 
 
 def launch_merge(spec: AttentionSpec, x: Tensors, lists: Lists) -> None:
@@ -162,10 +187,43 @@ def launch_merge(spec: AttentionSpec, x: Tensors, lists: Lists) -> None:
         *(lists.partial, lists.lse, x.out, x.sinks, lists.q_start, lists.row_seq),
         *(lists.shared_slots, lists.where_start, lists.where, lists.slots, lists.parts),
         *x.out.stride()[:2],
-        KV_HEADS=spec.kv_heads,
-        GROUP=spec.group,
-        D=spec.head_dim,
-        SINKS=spec.sinks,
-        SLOTS=16,
-        BD=1 << (spec.head_dim - 1).bit_length(),
+        **merge_constants(spec),
+    )
+
+
+def schedule_constants(
+    spec: AttentionSpec, tile: Tile, sms: int, max_batch: int
+) -> dict[str, object]:
+    """The compile-time arguments of `schedule`."""
+    return {
+        "GRID": sms * tile.ctas,
+        "KV_HEADS": spec.kv_heads,
+        "GROUP": spec.group,
+        "BM": tile.rows,
+        "BLOCK": spec.block_size,
+        "WINDOW": spec.window,
+        "CHUNK": CHUNK,
+        "CHUNKS": CHUNKS,
+        "ITEM_COST": ITEM_COST,
+        "BATCH": 1 << (max_batch - 1).bit_length(),
+    }
+
+
+def launch_schedule(
+    spec: AttentionSpec,
+    tile: Tile,
+    kv_lens: Tensor,
+    lists: Lists,
+    items: Tensor,
+    sizes: Tensor,
+    *,
+    sms: int,
+    max_batch: int,
+    batch: int,
+) -> None:
+    """Launch `schedule`: a program for each sequence."""
+    kernels.schedule[(batch,)](
+        *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.part_base),
+        *(lists.slots, lists.parts, items, sizes, batch, len(items) // 2, len(lists.lse)),
+        **schedule_constants(spec, tile, sms, max_batch),
     )

@@ -27,8 +27,9 @@ class AttentionSpec:
     dtype: torch.dtype = torch.bfloat16
     """Of queries, outputs and, unless `kv` says otherwise, of the cache."""
     kv: str = field(default="native", validator=validators.in_(KV_FORMATS))
-    """`native`: as `dtype`. `int8`: uint8 with a scale and a zero point for each token and head, value
-    `(x - zero) * scale` (LMDeploy's `quant_policy=8`). `fp8`: e4m3 with one scale for K and one for V."""
+    """`native`: as `dtype`. `int8`: uint8 with a scale and a zero point for each token and head,
+    value `(x - zero) * scale` (LMDeploy's `quant_policy=8`). `fp8`: e4m3 with one scale for K and
+    one for V."""
     scale: float | None = None
     """Factor on the scores; None: `1 / sqrt(head_dim)`."""
     window: int = field(default=0, validator=validators.ge(0))
@@ -38,7 +39,7 @@ class AttentionSpec:
     softcap: float = field(default=0.0, validator=validators.ge(0.0))
     """Scores become `softcap * tanh(score / softcap)`; 0: unchanged."""
     sinks: bool = False
-    """Whether each query head has a learned logit that takes part in the softmax without a value."""
+    """Whether each query head has a learned logit that joins the softmax without a value."""
 
     @property
     def group(self) -> int:

@@ -4,37 +4,66 @@ from attrs import frozen
 
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 
-__all__ = ["TILE_ROWS", "Tile", "tile_for"]
-
-TILE_ROWS = (16, 32, 64, 128)
-"""Packed query rows of a tile. Up to 32: `mma.sync`; from 64: `wgmma`."""
+__all__ = ["Tile", "tile_for", "tile_heights"]
 
 
 @frozen
 class Tile:
-    """A compiled shape. The test of the ahead-of-time build asserts what `ctas` needs."""
+    """A compiled shape. The ahead-of-time build in the tests proves `registers` and `ctas`."""
 
     rows: int
-    """Packed query rows (BM)."""
+    """Packed query rows (BM). Up to 32: `mma.sync`; from 64: `wgmma`."""
     keys: int
     """Keys of one iteration (BN)."""
     warps: int
     stages: int
-    """Buffers of the software pipeline."""
+    """Of the software pipeline."""
+    registers: int
+    """Per thread, at most; nothing is spilled."""
     ctas: int
-    """Programs one SM of an H100/H200 holds at once."""
+    """Programs that one SM of an H100 or H200 holds at once."""
 
 
-# head_dim up to 64, up to 128, 256
-_TABLE = {
-    16: (Tile(16, 64, 4, 3, 5), Tile(16, 64, 4, 3, 3), Tile(16, 32, 4, 3, 3)),
-    32: (Tile(32, 64, 4, 3, 3), Tile(32, 64, 4, 3, 2), Tile(32, 32, 4, 3, 2)),
-    64: (Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 2, 2), Tile(64, 32, 4, 2, 1)),
-    128: (Tile(128, 64, 8, 3, 2), Tile(128, 64, 8, 3, 1), Tile(128, 32, 8, 2, 1)),
-}
+_NARROW = (  # head_dim <= 64
+    Tile(16, 64, 4, 4, 128, 4),
+    Tile(32, 64, 4, 3, 128, 4),
+    Tile(64, 64, 4, 3, 168, 3),
+    Tile(128, 64, 8, 3, 255, 1),
+)
+_MIDDLE = (
+    Tile(16, 64, 4, 3, 168, 3),
+    Tile(32, 64, 4, 3, 255, 2),
+    Tile(64, 64, 4, 2, 255, 2),
+    Tile(128, 64, 8, 3, 255, 1),
+)
+# A byte of cache becomes two in registers on its way to the tensor cores: shorter tiles.
+_MIDDLE_INT8 = (
+    Tile(16, 64, 4, 4, 168, 3),
+    Tile(32, 64, 4, 3, 255, 2),
+    Tile(64, 32, 4, 3, 255, 2),
+    Tile(128, 32, 8, 3, 255, 1),
+)
+_WIDE = (  # head_dim 256
+    Tile(16, 32, 4, 3, 255, 2),
+    Tile(32, 32, 4, 3, 255, 2),
+    Tile(64, 32, 8, 3, 255, 1),
+)
+
+
+def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
+    if spec.head_dim > 128:
+        return _WIDE
+    if spec.head_dim > 64:
+        return _MIDDLE_INT8 if spec.kv == "int8" else _MIDDLE
+    return _NARROW
+
+
+def tile_heights(spec: AttentionSpec) -> tuple[int, ...]:
+    """The tile heights there are, ascending."""
+    return tuple(tile.rows for tile in _tiles(spec))
 
 
 def tile_for(spec: AttentionSpec, rows: int) -> Tile:
-    """The smallest tile that holds `rows` packed rows, or the largest tile."""
-    size = next((size for size in TILE_ROWS if rows <= size), TILE_ROWS[-1])
-    return _TABLE[size][(spec.head_dim > 64) + (spec.head_dim > 128)]
+    """The smallest tile that holds `rows` packed rows, or else the largest tile."""
+    tiles = _tiles(spec)
+    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])

@@ -60,7 +60,7 @@ class SharedWork:
 def plan_shared(
     spec: AttentionSpec, forest: Forest, q_start: Ints, gate: Gate, limits: Limits
 ) -> SharedWork | None:
-    """Cut a forest's nodes into work items; None when nothing is shared or the buffers are too small.
+    """Cut a forest's nodes into work items; None: nothing is shared, or the buffers are too small.
 
     A query's partials lie in the order of the keys, the same for all sequences of a node, since
     they have the same nodes above it.

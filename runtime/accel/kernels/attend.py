@@ -1,0 +1,225 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: SIM108
+"""`attend`: partial attention of one work item and KV head at a time."""
+
+import triton
+import triton.language as tl
+
+from sagellm_ir.runtime.accel.kernels.common import LOG2E, NEG_INF, private_begin
+from sagellm_ir.runtime.accel.kernels.walk import walk
+
+__all__ = ["attend"]
+
+NODE_FIELDS = tl.constexpr(7)
+
+
+@triton.jit
+def _position(row, row_seq, q_start, kv_lens):
+    """Positions of query tokens in their sequences."""
+    seq = tl.load(row_seq + row)
+    return tl.load(kv_lens + seq) - tl.load(q_start + seq + 1) + row
+
+
+@triton.jit
+def attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    ks_ptr,
+    vs_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    sinks,
+    table,
+    kv_lens,
+    q_start,
+    begin,
+    shared_slots,
+    row_seq,
+    nodes,
+    rows,
+    parts_in,
+    items,
+    sizes,
+    qk_scale,
+    out_scale,
+    q_row_stride,
+    q_head_stride,
+    k_page_stride,
+    k_row_stride,
+    k_head_stride,
+    v_page_stride,
+    v_row_stride,
+    v_head_stride,
+    ks_page_stride,
+    ks_row_stride,
+    ks_head_stride,
+    vs_page_stride,
+    vs_row_stride,
+    vs_head_stride,
+    out_row_stride,
+    out_head_stride,
+    table_stride,
+    SHARED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Attention of packed query rows over a chunk of keys: one (item, KV head) at a time.
+
+    SHARED: an item is (node, chunk, tile of the queries of all the node's sequences); every query
+    comes after all keys, so nothing is masked. Otherwise: (sequence, tile, chunk) of its private
+    part, causal. A sequence with one slot in all gets its output here; others get partials.
+    """
+    d = tl.arange(0, BD)
+    todo = tl.load(sizes) * KV_HEADS
+    for index in range(tl.program_id(0), todo, tl.num_programs(0)):
+        # Heads lie side by side in a page: neighbours in the grid read neighbouring bytes.
+        head = index % KV_HEADS
+        who = tl.load(items + index // KV_HEADS * 2)
+        local = tl.load(items + index // KV_HEADS * 2 + 1)
+        if SHARED:
+            node = nodes + who * NODE_FIELDS
+            owner = tl.load(node)
+            lo = tl.load(node + 1)
+            end = tl.load(node + 2)
+            q_first = tl.load(node + 3)
+            q_len = tl.load(node + 4)
+            part = tl.load(node + 5)
+            chunk = tl.load(node + 6)
+            tiles = (q_len * GROUP + BM - 1) // BM
+            # Tiles of one chunk run together: the first brings the pages to L2 for the others.
+            tile = local % tiles
+            cut = local // tiles
+        else:
+            owner = who
+            end = tl.load(kv_lens + who)
+            q_first = tl.load(q_start + who)
+            q_len = tl.load(q_start + who + 1) - q_first
+            lo = private_begin(tl.load(begin + who), end, q_len, WINDOW, BLOCK)
+            slot = tl.load(shared_slots + who)
+            part = tl.load(parts_in + who)
+            chunk = tl.load(sizes + 1)
+            cuts = (end - lo + chunk - 1) // chunk
+            tiles = (q_len * GROUP + BM - 1) // BM
+            # Later tiles see more keys: longest first.
+            tile = tiles - 1 - local // cuts
+            cut = local % cuts
+
+        r = tile * BM + tl.arange(0, BM)
+        live = r < q_len * GROUP
+        qi = tl.where(live, r // GROUP, 0)
+        row = q_first + qi
+        q_head = head * GROUP + r % GROUP
+        low = tl.zeros([BM], tl.int32)
+        if SHARED:
+            row = tl.load(rows + row)
+            high = tl.full([BM], 2147483647, tl.int32)
+            if WINDOW > 0:
+                high = _position(row, row_seq, q_start, kv_lens)
+        else:
+            high = end - q_len + qi
+            last = tl.minimum((tile * BM + BM - 1) // GROUP, q_len - 1)
+            seen_by_all = end - q_len + tile * BM // GROUP + 1
+            end = end - q_len + last + 1
+        if WINDOW > 0:
+            low = tl.where(live, tl.maximum(high - WINDOW + 1, 0), 2147483647)
+
+        lo += cut * chunk
+        hi = tl.minimum(lo + chunk, end)
+        if WINDOW > 0:
+            lo = tl.maximum(lo, tl.min(low, 0) // BLOCK * BLOCK)
+            free = lo
+        elif SHARED:
+            free = lo + tl.maximum(hi - lo, 0) // BN * BN
+        else:
+            free = lo + tl.maximum(tl.minimum(hi, seen_by_all) - lo, 0) // BN * BN
+
+        q_at = q_ptr + row.to(tl.int64) * q_row_stride + q_head * q_head_stride
+        if D == BD:
+            q_mask = live[:, None]
+        else:
+            q_mask = live[:, None] & (d < D)[None, :]
+        q = tl.load(q_at[:, None] + d[None, :], mask=q_mask, other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+        q_sum = tl.zeros([BM], tl.float32)
+        if KV == "int8":
+            q_sum = tl.sum(q.to(tl.float32), 1)
+        pages_of = table + owner.to(tl.int64) * table_stride
+        if BLOCK % BN == 0:
+            pages = tl.load(pages_of + lo // BLOCK, mask=lo < hi, other=0)
+        else:
+            key = lo + tl.arange(0, BN)
+            pages = tl.load(pages_of + key // BLOCK, mask=key < hi, other=0)
+
+        acc = tl.zeros([BM, BD], tl.float32)
+        m = tl.full([BM], NEG_INF, tl.float32)
+        den = tl.zeros([BM], tl.float32)
+        for phase in tl.static_range(2):
+            acc, m, den, pages = walk(
+                acc,
+                m,
+                den,
+                pages,
+                q,
+                q_sum,
+                low,
+                high,
+                lo if phase == 0 else free,
+                free if phase == 0 else hi,
+                hi,
+                pages_of,
+                k_ptr + head * k_head_stride,
+                v_ptr + head * v_head_stride,
+                ks_ptr + head * ks_head_stride,
+                vs_ptr + head * vs_head_stride,
+                k_page_stride,
+                v_page_stride,
+                ks_page_stride,
+                vs_page_stride,
+                k_row_stride,
+                v_row_stride,
+                ks_row_stride,
+                vs_row_stride,
+                qk_scale,
+                SOFTCAP,
+                KV,
+                UPCAST,
+                BLOCK,
+                BN,
+                BD,
+                D,
+                phase == 1,
+            )
+
+        some = den > 0.0
+        alone = False
+        if not SHARED:
+            alone = (slot == 0) & (cuts == 1)
+        if alone:
+            total = den
+            if SINKS:
+                sink = tl.load(sinks + q_head, mask=live, other=0.0).to(tl.float32)
+                total += tl.where(some, tl.exp2(sink * LOG2E - m), 0.0)
+            o = acc * (out_scale / tl.where(some, total, 1.0))[:, None]
+            out_at = out_ptr + row.to(tl.int64) * out_row_stride + q_head * out_head_stride
+            tl.store(out_at[:, None] + d[None, :], o.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            lse = tl.where(some, m + tl.log2(tl.where(some, den, 1.0)), NEG_INF)
+            at = (part + cut * q_len * GROUP + tile * BM).to(tl.int64) * KV_HEADS + head
+            r0 = tl.arange(0, BM)
+            tl.store(lse_ptr + at + r0 * KV_HEADS, lse, mask=live)
+            o = acc * (out_scale / tl.where(some, den, 1.0))[:, None]
+            part_at = (part_ptr + at * D) + (r0[:, None] * (KV_HEADS * D) + d[None, :])
+            tl.store(part_at, o, mask=q_mask & some[:, None])

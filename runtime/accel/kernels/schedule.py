@@ -1,0 +1,90 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""`schedule`: the private parts of a batch -> a balanced list of work items, on the device."""
+
+import triton
+import triton.language as tl
+
+from sagellm_ir.runtime.accel.kernels.common import private_begin
+
+__all__ = ["schedule"]
+
+
+@triton.jit
+def schedule(
+    kv_lens,
+    q_start,
+    begin,
+    shared_slots,
+    part_base,
+    slots_out,
+    parts_out,
+    items_out,
+    sizes_out,
+    batch,
+    item_cap,
+    part_cap,
+    GRID: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ITEM_COST: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """Cut every sequence's private part into chunks and list them as work items.
+
+    One program a sequence; each repeats the small sums over the whole batch, so that no program
+    waits for another. The chunk length is the one of `CHUNK << 0..CHUNKS-1` (or: no cut) with the
+    smallest makespan, rounds * (chunk + ITEM_COST), whose items and partials fit their buffers.
+    """
+    me = tl.program_id(0)
+    seq = tl.arange(0, BATCH)
+    live = seq < batch
+    kv_len = tl.load(kv_lens + seq, mask=live, other=0)
+    q_first = tl.load(q_start + seq, mask=live, other=0)
+    q_len = tl.load(q_start + seq + 1, mask=live, other=0) - q_first
+    first = tl.load(begin + seq, mask=live, other=0)
+    shared = tl.load(shared_slots + seq, mask=live, other=0)
+    first = private_begin(first, kv_len, q_len, WINDOW, BLOCK)
+    taken = tl.load(part_base)
+    length = tl.where((kv_len > 0) & (q_len > 0), tl.maximum(kv_len - first, 0), 0)
+    tiles = (q_len * GROUP + BM - 1) // BM
+    longest = tl.max(length, 0)
+
+    # No cut: always fits, by the check of the host.
+    chunk = tl.maximum(longest, 1)
+    items = tl.sum(tl.where(length > 0, tiles, 0), 0)
+    rounds = (items * KV_HEADS + GRID - 1) // GRID
+    best = rounds.to(tl.float32) * (chunk + ITEM_COST)
+    for k in tl.static_range(CHUNKS):
+        size = CHUNK << (CHUNKS - 1 - k)
+        cuts = (length + size - 1) // size
+        items = tl.sum(tiles * cuts, 0)
+        parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
+        rounds = (items * KV_HEADS + GRID - 1) // GRID
+        cost = rounds.to(tl.float32) * (size + ITEM_COST)
+        better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)
+        chunk = tl.where(better, size, chunk)
+        best = tl.where(better, cost, best)
+
+    cuts = (length + chunk - 1) // chunk
+    slots = cuts + shared
+    count = tiles * cuts
+    parts = tl.where(slots > 1, cuts * q_len * GROUP, 0)
+    mine = seq == me
+    at = tl.sum(tl.where(seq < me, count, 0), 0)
+    todo = tl.sum(tl.where(mine, count, 0), 0)
+    tl.store(slots_out + me, tl.sum(tl.where(mine, slots, 0), 0))
+    tl.store(parts_out + me, taken + tl.sum(tl.where(seq < me, parts, 0), 0))
+    if me == 0:
+        tl.store(sizes_out, tl.sum(count, 0))
+        tl.store(sizes_out + 1, chunk)
+    lane = tl.arange(0, 64)
+    for k in range(0, todo, 64):
+        item = items_out + (at + k + lane) * 2
+        inside = k + lane < todo
+        tl.store(item, tl.zeros([64], tl.int32) + me, mask=inside)
+        tl.store(item + 1, k + lane, mask=inside)

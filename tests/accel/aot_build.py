@@ -1,0 +1,92 @@
+"""Build the kernels for sm_90 without a GPU; print what each uses, as JSON lines.
+
+Run by `test_aot.py` in a process of its own: the other tests run the kernels in Triton's
+interpreter, and a process has either the interpreter or the compiler.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sagellm_ir.runtime.accel import kernels
+from sagellm_ir.runtime.accel.launch import (
+    attend_constants,
+    merge_constants,
+    schedule_constants,
+)
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+from sagellm_ir.runtime.accel.tiles import Tile, tile_for
+
+POINTER = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def build(kernel, spec: AttentionSpec, constants: dict, tile: Tile | None) -> dict:
+    """Compile one kernel; registers, bytes of stack (spills) and of shared memory."""
+    cache, data = POINTER[spec.cache_dtype], POINTER[spec.dtype]
+    scales = data if spec.kv == "int8" else cache
+    types = {"q_ptr": data, "k_ptr": cache, "v_ptr": cache, "ks_ptr": scales, "vs_ptr": scales}
+    types |= {"out_ptr": data, "part_ptr": "*fp32", "lse_ptr": "*fp32"}
+    types |= {"qk_scale": "fp32", "out_scale": "fp32"}
+    types |= dict.fromkeys(("batch", "item_cap", "part_cap"), "i32")
+    types["sinks"] = data if spec.sinks else "constexpr"
+    if not spec.sinks and "sinks" in kernel.arg_names:
+        constants = constants | {"sinks": None}
+    signature = {}
+    aligned = {}
+    for index, name in enumerate(kernel.arg_names):
+        stride = name.endswith("stride")
+        default = "constexpr" if name in constants else "i32" if stride else "*i32"
+        signature[name] = types.get(name, default)
+        # What the launcher finds out by itself: pointers and most strides are multiples of 16.
+        odd = name == "table_stride" or (spec.kv == "int8" and name[:2] in ("ks", "vs"))
+        if signature[name].startswith("*") or (stride and not odd):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {}
+    if tile:
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    found |= {"shared": binary.metadata.shared, "wgmma": "wgmma.mma" in binary.asm["ptx"]}
+    return found | {"copies": binary.asm["ptx"].count("cp.async.cg")}
+
+
+def main() -> None:
+    """Read [name, spec, tile rows or 0, shared] from standard input, write one line each."""
+    for name, fields, rows, shared in json.load(sys.stdin):
+        fields["dtype"] = getattr(torch, fields.get("dtype", "bfloat16"))
+        spec = AttentionSpec(**fields)
+        if name == "attend":
+            tile = tile_for(spec, rows)
+            found = build(kernels.attend, spec, attend_constants(spec, tile, shared=shared), tile)
+        elif name == "merge":
+            found = build(kernels.merge, spec, merge_constants(spec), None)
+        else:
+            constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
+            found = build(kernels.schedule, spec, constants, None)
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The kernels in Triton's interpreter against the reference in float64.
+
+An iteration of a program costs milliseconds here, so shapes are small; every test poisons what
+must not be read (see `selfcheck`).
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sagellm_ir.runtime.accel.attention import PrefixAttention, Variant
+from sagellm_ir.runtime.accel.forest import SharedPrefix
+from sagellm_ir.runtime.accel.selfcheck import largest_error, random_batch, tolerance
+from sagellm_ir.runtime.accel.spec import AttentionSpec
+
+HALF = torch.float16
+TREE = [SharedPrefix(0, 64, (0, 1, 2)), SharedPrefix(64, 192, (2, 0)), SharedPrefix(0, 128, (4, 5))]
+
+
+def attention(spec, *, workspace=1 << 20, max_batch=8, max_rows=64):
+    return PrefixAttention(
+        *(spec,),
+        max_batch=max_batch,
+        max_rows=max_rows,
+        device="cpu",
+        gate=None,
+        workspace=workspace,
+    )
+
+
+def check(spec, q_lens, kv_lens, groups=(), **options):
+    batch = random_batch(spec, q_lens, kv_lens, groups)
+    kernels = attention(spec, **options)
+    assert largest_error(kernels, batch) < tolerance(spec)
+    return kernels
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(4, 2, 64, 16, HALF),
+        AttentionSpec(8, 1, 128, 64, torch.bfloat16),
+        AttentionSpec(7, 1, 64, 32, HALF),
+        AttentionSpec(14, 2, 80, 16, HALF),
+        AttentionSpec(3, 3, 96, 64, HALF),
+        AttentionSpec(2, 1, 256, 16, HALF),
+        AttentionSpec(4, 2, 64, 16, HALF, kv="int8"),
+        AttentionSpec(7, 1, 128, 64, torch.bfloat16, kv="int8"),
+        AttentionSpec(4, 1, 64, 16, HALF, kv="fp8"),
+        AttentionSpec(4, 1, 64, 32, torch.bfloat16, kv="fp8", softcap=10.0, sinks=True),
+        AttentionSpec(4, 1, 64, 16, HALF, window=70, sinks=True),
+        AttentionSpec(4, 1, 64, 64, HALF, kv="int8", window=20, softcap=5.0, scale=0.3),
+    ],
+    ids=lambda spec: f"{spec.heads}x{spec.kv_heads}x{spec.head_dim}-{spec.block_size}-{spec.kv}",
+)
+def test_decode_over_trees(spec):
+    # Two groups, one with a nested group; a sequence that shares nothing; one with a single key.
+    kernels = check(spec, [1] * 7, [210, 81, 199, 1, 129, 130, 100], TREE)
+    assert kernels.variant.shared
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("window", [0, 30])
+def test_extend_with_a_causal_tail(block_size, window):
+    # 7 heads a group: a query's heads lie in two tiles. Chunks of 5, 17, 1 and 6 new tokens.
+    spec = AttentionSpec(7, 1, 64, block_size, HALF, window=window)
+    check(spec, [5, 17, 1, 6], [200, 230, 65, 6], [SharedPrefix(0, 64, (0, 1, 2))])
+
+
+def test_pages_need_not_be_contiguous_in_the_cache():
+    """K and V interleaved in one allocation, heads before rows: only the last stride is fixed."""
+    spec = AttentionSpec(4, 2, 64, 16, HALF)
+    batch = random_batch(spec, [1, 1], [40, 41], [SharedPrefix(0, 32, (0, 1))])
+    both = torch.stack([batch.k_cache, batch.v_cache], 1).transpose(2, 3).contiguous()
+    k, v = both.transpose(2, 3).unbind(1)
+    q = torch.stack([batch.q, batch.q], 1)[:, 1]
+    out = torch.empty(2, 4, 2, 64, dtype=HALF)[:, :, 0]
+    kernels = attention(spec)
+    kernels.update(batch.q_lens, batch.kv_lens, batch.groups)
+    kernels.schedule(batch.lengths)
+    kernels.run(q, k, v, batch.block_table, batch.lengths, out)
+    plain = torch.empty_like(batch.q)
+    kernels.run(batch.q, *(batch.k_cache, batch.v_cache), batch.block_table, batch.lengths, plain)
+    assert torch.equal(out, plain)
+
+
+def test_without_groups_only_the_plain_path_runs(monkeypatch):
+    from sagellm_ir.runtime.accel import attention as module
+
+    launched = []
+    real = module.launch_attend
+    monkeypatch.setattr(
+        *(module, "launch_attend"), lambda *a, shared: (launched.append(shared), real(*a, shared=shared))
+    )  # fmt: skip
+    kernels = check(AttentionSpec(4, 2, 64, 16, HALF), [1, 1, 1], [37, 80, 1])
+    assert launched == [False]
+    assert kernels.variant == Variant(private=16, shared=0)
+
+
+def test_lengths_grow_on_the_device_between_updates():
+    """What a CUDA graph replays: the host plans once, lengths and work list move on the device."""
+    spec = AttentionSpec(4, 2, 64, 16, HALF)
+    groups = [SharedPrefix(0, 32, (0, 1))]
+    kernels = attention(spec)
+    kernels.update([1, 1, 1], [33, 40, 5], groups)
+    grown = random_batch(spec, [1, 1, 1], [129, 200, 101], groups)
+    out = torch.full_like(grown.q, float("nan"))
+    kernels.schedule(grown.lengths)
+    kernels.run(grown.q, grown.k_cache, grown.v_cache, grown.block_table, grown.lengths, out)
+    planned = torch.full_like(grown.q, float("nan"))
+    kernels.update(grown.q_lens, grown.kv_lens, groups)
+    kernels.schedule(grown.lengths)
+    kernels.run(grown.q, grown.k_cache, grown.v_cache, grown.block_table, grown.lengths, planned)
+    assert torch.equal(out, planned)
+
+
+def test_a_padding_row_gives_zeros_with_and_without_sinks():
+    for sinks in (False, True):
+        check(AttentionSpec(4, 2, 64, 16, HALF, sinks=sinks), [1, 1], [0, 20])
+
+
+def test_a_small_workspace_means_fewer_pieces():
+    spec = AttentionSpec(2, 1, 64, 16, HALF)
+    kernels = check(spec, [1], [900], workspace=1, max_batch=1, max_rows=1)
+    assert int(kernels._lists.slots[0]) == 1
+    kernels = check(spec, [1], [900])
+    assert int(kernels._lists.slots[0]) > 1
+
+
+@st.composite
+def ragged_trees(draw):
+    """Sequences of 0 to 2 levels of shared blocks, then private keys, block edges included."""
+    block = draw(st.sampled_from([16, 32]))
+    batch = draw(st.integers(1, 5))
+    roots = draw(st.lists(st.integers(0, 1), min_size=batch, max_size=batch))
+    groups, reach = [], [0] * batch
+    for root in (0, 1):
+        rows = [row for row in range(batch) if roots[row] == root]
+        size = draw(st.integers(0, 5)) * block
+        if not rows or not size:
+            continue
+        groups.append(SharedPrefix(0, size, rows))
+        below = draw(st.lists(st.sampled_from(rows), unique=True, max_size=3))
+        more = size + draw(st.integers(1, 3)) * block
+        groups += [SharedPrefix(size, more, below)] if below else []
+        for row in rows:
+            reach[row] = more if row in below else size
+    new = draw(st.lists(st.integers(1, 4), min_size=batch, max_size=batch))
+    tail = st.sampled_from([0, 1, block - 1, block, block + 1, 70])
+    total = [start + count + draw(tail) for start, count in zip(reach, new, strict=True)]
+    return block, new, total, groups
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(ragged_trees(), st.sampled_from([(4, 1), (5, 1), (2, 2)]))
+@example((16, [2, 1], [18, 17], [SharedPrefix(0, 16, [0, 1])]), (7, 1))
+def test_any_ragged_tree(tree, heads):
+    block, new, total, groups = tree
+    check(AttentionSpec(*heads, 64, block, HALF), new, total, groups)

@@ -27,7 +27,6 @@ _EXPECTED = {
     "AFTER": "'after %p'",
     "TYPE": "a type such as ': kv<16>'",
     "LIST": "a list such as [1x5, 16x2]",
-    "$END": "the end of the text",
 }
 """What each terminal stands for. `}` implies all that may start a line of the body."""
 
@@ -83,6 +82,8 @@ def _unexpected(at: int, allowed: Iterable[str], text: str) -> Fault:
     fits = start == "@" or _OPENED.get(start) in allowed
     for pattern, wanted in _PIECES.get(start, ()) if fits else ():
         found = re.compile(pattern).match(text, end)
+        if not found and wanted.endswith("on the same line"):
+            return Fault(at, f"{start!r} is not closed: expected {wanted}")
         if not found:
             while text[end : end + 1] in (" ", "\t"):
                 end += 1
@@ -98,7 +99,7 @@ def _found(text: str, at: int) -> str:
 
 def _expectation(terminals: Iterable[str]) -> str:
     names = sorted({_EXPECTED[name] for name in terminals if name in _EXPECTED}, key=len)
-    return " or ".join(names)
+    return " or ".join(names) or "the end of the text"
 
 
 def diagnose(fault: Fault, text: str, filename: str) -> Diagnostic:

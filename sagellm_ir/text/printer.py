@@ -43,12 +43,12 @@ def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:
         graph: what to print.
         provenance: end node lines with `// loc: ... origin: ...`, where these are known.
     """
-    names = _Names()
+    names = _names_of(graph)
     lines = [f"sagellm_ir {TEXT_VERSION}", ""]
     lines.append(
         f"graph @{format_name(graph.name)} {{stage = {format_value(graph.stage, 'str')}}} {{"
     )
-    lines += [f"  {line}" for line in _declarations(graph)]
+    lines += [f"  {line}" for line in _declarations(graph, names)]
     if graph.nodes and len(lines) > 3:
         lines.append("")
     if provenance:
@@ -111,32 +111,32 @@ def _provenance(node: IRNode) -> str:
     return f"  // {' '.join(notes)}" if notes else ""
 
 
-def _declarations(graph: IRGraph) -> Iterator[str]:
+def _declarations(graph: IRGraph, names: _Names) -> Iterator[str]:
     target, default = graph.target, Target()
     for keyword, value, usual in (
         ("target", target, default),
         ("model", target.model, default.model),
         ("device", target.device, default.device),
     ):
-        line = _declaration(keyword, value)
-        if line != _declaration(keyword, usual):
+        line = _declaration(keyword, value, names)
+        if line != _declaration(keyword, usual, names):
             yield line
     if target.tiers != default.tiers:
-        yield from (_declaration("tier", tier) for tier in target.tiers)
+        yield from (_declaration("tier", tier, names) for tier in target.tiers)
     if target.workers != default.workers:
-        yield from (_declaration("worker", worker) for worker in target.workers)
-    yield from (_declaration("cache", cached) for cached in graph.cache)
-    yield from (_declaration("request", request) for request in graph.requests)
+        yield from (_declaration("worker", worker, names) for worker in target.workers)
+    yield from (_declaration("cache", cached, names) for cached in graph.cache)
+    yield from (_declaration("request", request, names) for request in graph.requests)
     if graph.loops:
         runs = ((loops, sum(1 for _ in run)) for loops, run in groupby(graph.loops))
         yield f"steps [{', '.join(f'{loops}x{count}' for loops, count in runs)}]"
 
 
-def _declaration(keyword: str, value: Any) -> str:
+def _declaration(keyword: str, value: Any, names: _Names) -> str:
     """`keyword @name {key = value, ...}`; the first field of a declaration is its name."""
     cls: type = type(value)
     name = getattr(value, _name_field(cls))
-    return f"{keyword} @{format_name(name)}{_block(value)}"
+    return f"{keyword} @{names[name]}{_block(value)}"
 
 
 @cache

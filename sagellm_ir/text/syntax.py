@@ -115,9 +115,9 @@ def _runs(values: tuple[int, ...]) -> list[str]:
     parts: list[str] = []
     start, count = 0, len(values)
     while start < count:
-        stop = start + 1
-        while stop < count and values[stop] == values[stop - 1] + 1:
-            stop += 1
+        stop, following = start + 1, values[start] + 1
+        while stop < count and values[stop] == following:
+            stop, following = stop + 1, following + 1
         if stop - start > 2:
             parts.append(f"{values[start]}:{values[start] + stop - start}")
         else:

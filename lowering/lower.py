@@ -220,7 +220,7 @@ class _Lowering:
                 continue
             origin = worker if source == NONE else self.flat.worker[source]
             blocks = self.pools.cached(i) if source == NONE else self.blocks(source, i)
-            self.pools.allocate(i)
+            self.pools.allocate(i, len(blocks))
             if blocks:
                 own = self.pools.own[i]
                 other = None if origin == worker else origin
@@ -268,9 +268,11 @@ class _Lowering:
         flat = self.flat
         for i in decodes:
             name = flat.request[i]
+            self.answering.add(name)
+            if not flat.forwards[i] and flat.stop[i] == self.graph.request[name].stop:
+                continue  # The prefill has given the only token, whose KV nobody writes or reads.
             self.pools.allocate(i)
             self.bind(i, name, binds)
-            self.answering.add(name)
             if flat.forwards[i]:
                 row = self.order[name]
                 batch.shared.enter(i, 2 * row + 1, name)

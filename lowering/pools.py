@@ -98,15 +98,16 @@ class Pools:
             self._reserve(DEVICE, block.worker, (block.block,))
         self._pin()
 
-    def allocate(self, i: int) -> None:
-        """Take the blocks node `i` owns; those after its prefix's own, when they are free.
+    def allocate(self, i: int, count: int | None = None) -> None:
+        """Take the blocks node `i` owns, or `count`; those behind its prefix's, if they are free.
 
         Raises:
             SageIRError: the tier is full.
         """
         flat = self._flat
         before = self.own[flat.parent[i]] if flat.parent[i] != NONE else ()
-        self._take(i, flat.blocks[i], before[-1] + 1 if before else -1)
+        count = flat.blocks[i] if count is None else count
+        self._take(i, count, before[-1] + 1 if before else -1)
 
     def resume(self, i: int, name: str) -> int:
         """Allocate for prefill `i` of request `name`; if that starts in the request's live block,

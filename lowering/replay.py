@@ -231,8 +231,8 @@ class Replay:
             self.error(f"moves {len(action.src)} blocks to {len(action.dst)}")
         for block, target in zip(action.src, action.dst, strict=False):
             found = source.get(block)
-            if found is None or not found.filled:
-                self.error(f"moves block {block} of tier {action.from_tier!r}, which holds nothing")
+            if found is None:
+                self.error(f"moves block {block} of tier {action.from_tier!r}, which is free")
             elif not self.inside(action.to_tier, worker, target):
                 pass
             elif target in held:

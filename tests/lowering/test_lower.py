@@ -102,7 +102,7 @@ def test_a_spill_and_a_reload_rebind_the_table() -> None:
     assert plan.steps[2].kv == (KVMove("device", "host", (0, 1), (0, 1), node="h"),)
     assert plan.steps[3].kv == (KVFree("device", (0, 1)),)
     assert plan.steps[4].kv == (
-        KVFree("device", tuple(range(16))),
+        KVFree("device", tuple(range(15))),
         KVMove("host", "device", (0, 1), (0, 1), node="f"),
     )
     assert plan.steps[4].binds == (Bind("r", 0, (0, 1, 2)),)
@@ -139,13 +139,13 @@ def cached(blocks: int, retain: bool = False) -> ExecutionPlan:
                 KVFetch("back", "r", 8, 12, operands=("hit",), step=0),
                 Prefill("p", "r", 12, 17, operands=("back",), step=0),
                 Decode("d", "r", 17, 18, operands=("p",), step=0, until=0),
-                Prefill("q", "s", 0, 12, step=1),
-                Decode("e", "s", 12, 13, operands=("q",), step=1, until=1),
+                Prefill("q", "s", 0, 13, step=1),
+                Decode("e", "s", 13, 14, operands=("q",), step=1, until=1),
             ],
             (1, 1),
             [
                 RequestDecl("r", prompt_len=17, max_new_tokens=1, blocks=(7, 8, 9, 10)),
-                RequestDecl("s", prompt_len=12, max_new_tokens=1, blocks=(20, 21, 22)),
+                RequestDecl("s", prompt_len=13, max_new_tokens=1, blocks=(20, 21, 22)),
             ],
             target=Target(block_size=4, tiers=(Tier("device", blocks), Tier("host", 4))),
             cache=(CachedBlocks("device", blocks=(5, 7, 8)), CachedBlocks("host", blocks=(9,))),

@@ -146,7 +146,7 @@ BROKEN: dict[str, tuple[Callable[[], ExecutionPlan], str]] = {
     ),
     "moves copy what is there": (
         lambda: with_step(2, kv=(KVMove("device", "host", (9,), (0,)),)),
-        "moves block 9 of tier 'device', which holds nothing",
+        "moves block 9 of tier 'device', which is free",
     ),
     "moves overwrite nothing": (
         lambda: with_step(2, kv=(KVMove("device", "host", (0, 1), (0, 0)),)),

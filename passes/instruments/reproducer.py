@@ -39,7 +39,7 @@ class Reproducer(Instrument):
         """Writes the file; returns how to run it."""
         line = RUN + shlex.quote(print_pass(run.item))
         write_atomic(self.path, f"{line}\n{print_graph(run.graph)}")
-        return f"to see it fail again: sagellm-ir ir run-repro {shlex.quote(str(self.path))}"
+        return f"to see it fail again: sagellm-ir ir repro {shlex.quote(str(self.path))}"
 
 
 def read_reproducer(path: Path) -> tuple[Pipeline, IRGraph]:

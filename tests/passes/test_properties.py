@@ -8,13 +8,14 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import Decode, KVNode, Prefill
 from sagellm_ir.passes.base import PassContext
 from sagellm_ir.passes.manager import PassManager
-from sagellm_ir.passes.pipeline import Pipeline
+from sagellm_ir.passes.pipeline import PRESETS, Pipeline
 from sagellm_ir.text import parse_graph, print_graph
+from sagellm_ir.verify import check_capacity
 from tests.strategies import graphs
 
 built = graphs(stages=("built",))
 thorough = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 PASSES = (
@@ -122,3 +123,12 @@ def test_a_pass_without_work_returns_its_input() -> None:
     graph = IRGraph()
     for item in Pipeline.parse(",".join(PASSES)):
         assert item.run(graph, PassContext()) is graph
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@thorough
+@given(graph=built)
+def test_presets_schedule_any_built_graph(name: str, graph: IRGraph) -> None:
+    result = run(name, graph)
+    assert result.stage == "scheduled"
+    check_capacity(result)

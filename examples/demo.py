@@ -58,20 +58,22 @@ def main() -> None:
     console.print(statistics.table())
 
     section("3. The graph is lowered to a plan")
-    plan = lower(graph, built.tokens)
+    sampling = {request.id: request.sampling for request in loaded.requests}
+    plan = lower(graph, built.tokens, sampling)
     verify_plan(plan)
     console.print(plan_text(plan), markup=False)
 
     section("4. The embedded engine runs it")
-    sampling = {request.id: request.sampling for request in loaded.requests}
-    planned = run_plan(EmbeddedEngine(model, target), plan, sampling)
+    planned = run_plan(EmbeddedEngine(model, target), plan)
     show_answers(planned)
 
     section("5. The same without sharing (O0)")
     plain_graph = PassManager(Pipeline.parse("O0")).run(built.graph)
-    plain = run_plan(EmbeddedEngine(model, target), lower(plain_graph, built.tokens), sampling)
+    plain = run_plan(EmbeddedEngine(model, target), lower(plain_graph, built.tokens, sampling))
     same = all(plain.answers[id].tokens == answer.tokens for id, answer in planned.answers.items())
-    console.print(f"answers: {'equal, token by token' if same else 'DIFFERENT: please report this'}")
+    console.print(
+        f"answers: {'equal, token by token' if same else 'DIFFERENT: please report this'}"
+    )
     console.print(
         f"prompt tokens computed: {planned.computed_tokens} instead of {plain.computed_tokens} "
         f"({planned.hit_ratio:.0%} shared)"

@@ -55,5 +55,6 @@ def compile_requests(
     """
     passes = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
     built = build(requests, target, name=name, tokenizer=tokenizer, locations=locations or {})
+    sampling = {request.id: request.sampling for request in requests}
     scheduled = PassManager(passes, instruments).run(built.graph)
-    return Compiled(built.graph, scheduled, lower(scheduled, built.tokens))
+    return Compiled(built.graph, scheduled, lower(scheduled, built.tokens, sampling))

@@ -28,15 +28,19 @@ from sagellm_ir.lowering.plan import (
 )
 from sagellm_ir.lowering.pools import Pools
 from sagellm_ir.nodes import AllReduce, KVFetch, KVMigrate
+from sagellm_ir.request import Sampling
 from sagellm_ir.target import DEVICE
 
 __all__ = ["lower"]
+
+GREEDY = Sampling()
 
 
 @no_collections()
 def lower(
     graph: IRGraph,
     tokens: Mapping[str, Sequence[int]] | None = None,
+    sampling: Mapping[str, Sampling] | None = None,
     *,
     resident: Sequence[Resident] | None = None,
     live: Sequence[LiveBlock] = (),
@@ -49,6 +53,7 @@ def lower(
     Args:
         graph: scheduled and verified.
         tokens: prompt token ids by request id; requests left out get none (a trace).
+        sampling: how to draw tokens, by request id; greedy where left out.
         resident: where the content of the graph's `cache` lines is; left out, each tier holds it
             in its first blocks.
         live: unfinished blocks of requests that go on. A prefill that starts with such a block
@@ -66,7 +71,7 @@ def lower(
                 help="run the pass 'schedule' last, and 'evict' after it when KV is short",
             )
         )
-    return _Lowering(graph, resident, live, retain).plan(tokens or {})
+    return _Lowering(graph, resident, live, retain).plan(tokens or {}, sampling or {})
 
 
 class _Batch:
@@ -125,7 +130,9 @@ class _Lowering:
         self.answering: set[str] = set()
         """Requests that have started to decode."""
 
-    def plan(self, tokens: Mapping[str, Sequence[int]]) -> ExecutionPlan:
+    def plan(
+        self, tokens: Mapping[str, Sequence[int]], sampling: Mapping[str, Sampling]
+    ) -> ExecutionPlan:
         """The plan of the whole graph."""
         resident = self.pools.content()
         steps = [self.step(index, loops) for index, loops in enumerate(self.graph.loops)]
@@ -147,6 +154,7 @@ class _Lowering:
                 session=decl.session,
                 prompt_len=decl.prompt_len,
                 tokens=tuple(tokens[decl.id]) if decl.id in tokens else None,
+                sampling=sampling.get(decl.id, GREEDY),
                 blocks=decl.blocks,
             )
             for decl in self.graph.requests

@@ -2,7 +2,7 @@
 
 from attrs import field, frozen
 
-from sagellm_ir.request import RequestInfo
+from sagellm_ir.request import RequestInfo, Sampling
 from sagellm_ir.target import Target
 
 __all__ = [
@@ -30,6 +30,7 @@ class PlanRequest(RequestInfo):
     prompt_len: int = field(kw_only=True)
     tokens: tuple[int, ...] | None = field(default=None, kw_only=True)
     """The prompt's token ids; None when the workload (a trace) never had any."""
+    sampling: Sampling = field(default=Sampling(), kw_only=True)
     blocks: tuple[int, ...] = field(default=(), kw_only=True)
     """One id per full block of the prompt, equal exactly where KV is equal. `Resident.ids` and
     `verify_plan` speak of content with them; an engine that has no cache needs none."""

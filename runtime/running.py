@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from attrs import define, field, frozen
 
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
-from sagellm_ir.request import Sampling
 from sagellm_ir.runtime.backend import EngineView, Finish, InferenceBackend, TokenEvent
 
 __all__ = ["Answer", "RunReport", "run_plan"]
@@ -91,7 +90,6 @@ class _Watched:
 def run_plan(
     engine: InferenceBackend,
     plan: ExecutionPlan,
-    sampling: Mapping[str, Sampling] | None = None,
     on_token: Callable[[TokenEvent], None] | None = None,
     on_step: Callable[[PlanStep], None] | None = None,
 ) -> RunReport:
@@ -100,7 +98,6 @@ def run_plan(
     Args:
         engine: made for the plan's target.
         plan: what to run.
-        sampling: by request id; greedy where left out.
         on_token: called with each token as it is made.
         on_step: called with each step before it runs.
 
@@ -109,7 +106,7 @@ def run_plan(
     """
     answers = {request.id: Answer(request.id) for request in plan.requests}
     for request in plan.requests:
-        engine.submit(request, (sampling or {}).get(request.id, Sampling()))
+        engine.submit(request, request.sampling)
     began = time.perf_counter()
     for event in engine.stream(_Watched(plan, on_step or (lambda step: None))):
         _record(answers[event.request], event, time.perf_counter() - began)

@@ -12,8 +12,6 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.lowering.plan import ExecutionPlan
-from sagellm_ir.passes.instruments import Instrument
-from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.presets import load_target
 from sagellm_ir.request import ChatPrompt, Request, TextPrompt
@@ -25,7 +23,6 @@ __all__ = [
     "choose_pipeline",
     "choose_target",
     "choose_tokenizer",
-    "compile_graph",
     "compile_requests",
     "read_requests",
     "start",
@@ -43,7 +40,7 @@ class Compilation:
 
     def plan(self, scheduled: IRGraph) -> ExecutionPlan:
         """The plan of this compilation's graph after its passes."""
-        return lower(scheduled, self.tokens)
+        return lower(scheduled, self.tokens, {item.id: item.sampling for item in self.requests})
 
 
 def start(
@@ -85,16 +82,6 @@ def compile_requests(loaded: Loaded, target: Target, tokenizer: str) -> Compilat
     encoder = choose_tokenizer(tokenizer, target, loaded.requests)
     built = build(loaded.requests, target, tokenizer=encoder, locations=loaded.locations)
     return Compilation(loaded.requests, built.graph, built.tokens)
-
-
-def compile_graph(
-    graph: IRGraph,
-    tokens: Mapping[str, Sequence[int]],
-    pipeline: Pipeline,
-    instruments: Sequence[Instrument] = (),
-) -> ExecutionPlan:
-    """Run passes, and lower what they made."""
-    return lower(PassManager(pipeline, instruments).run(graph), tokens)
 
 
 def choose_target(name: str, overrides: Sequence[str] | None) -> Target:

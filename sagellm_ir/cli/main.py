@@ -1,5 +1,6 @@
 """The `sagellm-ir` command. `main` runs it; `app` is what hosts mount."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None, program: str = "sagellm-ir") -> int:
     Returns:
         0 when all went well, 1 for bad input, 2 for wrong usage, 130 when interrupted.
     """
+    # OpenMP threads that spin while they wait stall each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
     except SystemExit as stop:

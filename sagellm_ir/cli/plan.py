@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from sagellm_ir.cli import shared, watching
-from sagellm_ir.cli.compiling import choose_pipeline, compile_graph, start
+from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
 from sagellm_ir.cli.timeline import timeline
+from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.text import parse_graph
 
 __all__ = ["add_to"]
@@ -47,11 +48,10 @@ def plan(
     watch = watching.Watch.of(timing, stats, False, None, Path("repro.ir"))
     passes = choose_pipeline(level, pipeline)
     if graph is not None:
-        parsed, tokens = parse_graph(shared.read_text(graph), graph), {}
+        compilation = Compilation((), parse_graph(shared.read_text(graph), graph), {})
     else:
         compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
-        parsed, tokens = compilation.graph, dict(compilation.tokens)
-    made = compile_graph(parsed, tokens, passes, watch.instruments)
+    made = compilation.plan(PassManager(passes, watch.instruments).run(compilation.graph))
     watch.report()
     if output is not None:
         save_plan(made, output)

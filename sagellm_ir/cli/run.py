@@ -1,6 +1,6 @@
 """`run`: compile requests and run them, or run a plan file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +14,12 @@ from sagellm_ir.cli import shared
 from sagellm_ir.cli.compiling import (
     choose_pipeline,
     choose_target,
-    compile_graph,
     compile_requests,
     read_requests,
 )
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.request import ChatPrompt, Message, Request, Sampling
+from sagellm_ir.passes.manager import PassManager
+from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
 from sagellm_ir.target import Target
 
@@ -43,7 +43,6 @@ class _Job:
     """What to run, and on what."""
 
     plan: "ExecutionPlan"
-    sampling: Mapping[str, Sampling]
     engine: "InferenceBackend"
 
 
@@ -117,9 +116,8 @@ def run(
         fitted, make = choice.fit(choose_target(target, overrides))
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
-        made = compile_graph(compilation.graph, compilation.tokens, passes)
-        sampling = {item.id: item.sampling for item in compilation.requests}
-        job = _Job(made, sampling, make(fitted))
+        made = compilation.plan(PassManager(passes).run(compilation.graph))
+        job = _Job(made, make(fitted))
     report = _watch(job, quiet=as_json or output is not None)
     if as_json or output is not None:
         shared.emit_json(_as_data(report), output)
@@ -141,7 +139,7 @@ def _load(path: Path, choice: _Engine) -> _Job:
     made = load_plan(path)
     verify_plan(made)
     _, make = choice.fit(made.target)
-    return _Job(made, {item.id: item.sampling for item in made.requests}, make(made.target))
+    return _Job(made, make(made.target))
 
 
 def _watch(job: _Job, quiet: bool) -> "RunReport":
@@ -157,7 +155,7 @@ def _watch(job: _Job, quiet: bool) -> "RunReport":
             bar.advance(task)
             answers.add(event)
 
-        return run_plan(job.engine, job.plan, job.sampling, on_token)
+        return run_plan(job.engine, job.plan, on_token)
 
 
 class _Answers:

@@ -1,0 +1,131 @@
+"""Bad input: one clear error, exit code 1, nothing on stdout and no half-written file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+TOKENS = "examples/tokens.jsonl"
+HEAD = "sagellm_ir 1\n\ngraph @g {\n  request @r {prompt = 20, blocks = [0], max_new = 2}\n"
+CYCLE = (
+    HEAD
+    + "  %a = prefill @r[0:16](%b) : kv<16>\n"
+    + "  %b = prefill @r[16:20](%a) : kv<20>\n"
+    + "  %d = decode @r[20:22](%b) : kv<22>\n}\n"
+)
+ILL_TYPED = (
+    HEAD + "  %a = prefill @r[0:20] : kv<19>\n" + "  %d = decode @r[20:22](%a) : kv<22>\n}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("ir", "dump", "-r", TOKENS, "-p", "prefix-dedupe"), "did you mean 'prefix-dedup'?"),
+        (("ir", "dump", "-r", TOKENS, "-p", "evict{policy=lur}"), "lru"),
+        (("ir", "dump", "-r", TOKENS, "-p", "evict{polcy=lru}"), "did you mean 'policy'?"),
+        (("ir", "dump", "-r", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("ir", "dump", "-r", TOKENS, "--target", "h20"), "did you mean 'h200'?"),
+        (("ir", "dump", "-r", TOKENS, "--set", "max_tokens=0"), "max_tokens"),
+        (("ir", "dump", "-r", TOKENS, "--set", "max_batch=-1"), "max_batch"),
+        (("ir", "dump", "-r", TOKENS, "--set", "max_tokns=1"), "did you mean 'max_tokens'?"),
+        (("ir", "dump", "-r", TOKENS, "--set", "max_tokens"), "expected KEY=VALUE"),
+        (("ir", "dump", "-r", TOKENS, "--set", "tiers.device.blocks=1"), "blocks"),
+        (("ir", "verify", "nowhere.ir"), "cannot read nowhere.ir"),
+        (("run", "--plan", "nowhere.json"), "nowhere.json"),
+        (("run", "-r", TOKENS, "--model", "nowhere"), "nowhere"),
+        (("explain", "t", "-r", TOKENS), "no request is called 't'"),
+        (("backend", "test", "embeded"), "did you mean 'embedded'?"),
+        (("ir", "repro", "nowhere.ir"), "nowhere.ir"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_one_clear_error(words: tuple[str, ...], expected: str, cli: Cli) -> None:
+    ran = cli(*words)
+    assert ran.code == 1, ran.err
+    assert ran.out == ""
+    assert expected in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(CYCLE, "cycle"), (ILL_TYPED, "kv<20>"), (HEAD, "end"), ("sagellm_ir 9\n", "9")],
+    ids=["cyclic", "ill-typed", "cut off", "another version"],
+)
+def test_bad_graphs(text: str, expected: str, cli: Cli, tmp_path: Path) -> None:
+    graph, output = tmp_path / "g.ir", tmp_path / "out.ir"
+    graph.write_text(text)
+    ran = cli("ir", "opt", "-O2", str(graph), "-o", str(output))
+    assert ran.code == 1, ran.err
+    assert expected in ran.err
+    assert str(graph) in ran.err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"id": "a", "prompt": "x"', "bad.jsonl:1"),
+        ('{"id": "a", "prompt": 7}', "prompt"),
+        ('{"id": "a", "prompt": "x", "max_tokens": 0}', "max_tokens"),
+    ],
+)
+def test_bad_requests(line: str, expected: str, cli: Cli, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "good", "prompt": "hello"}\n'.replace("good", "g") + line + "\n")
+    ran = cli("ir", "dump", "-r", str(bad), "--tokenizer", "bytes")
+    assert ran.code == 1
+    assert ran.out == ""
+    assert expected.replace(":1", ":2") in ran.err
+    skipped = cli("ir", "dump", "-r", str(bad), "--tokenizer", "bytes", "--skip-bad")
+    assert skipped.code == 0
+    assert "skipped 1 bad record" in skipped.err
+    assert "request @g" in skipped.out
+
+
+def plan_file(cli: Cli, tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    assert cli("plan", "-r", TOKENS, "-o", str(path)).code == 0
+    return path
+
+
+def test_a_truncated_plan(cli: Cli, tmp_path: Path) -> None:
+    path = plan_file(cli, tmp_path)
+    path.write_text(path.read_text()[:-40])
+    ran = cli("run", "--plan", str(path), "--engine", "simulator")
+    assert (ran.code, ran.out) == (1, "")
+    assert str(path) in ran.err
+
+
+def test_a_plan_that_breaks_a_law(cli: Cli, tmp_path: Path) -> None:
+    path = plan_file(cli, tmp_path)
+    plan = json.loads(path.read_text())
+    plan["steps"][0]["binds"] = []
+    path.write_text(json.dumps(plan))
+    ran = cli("run", "--plan", str(path), "--engine", "simulator")
+    assert (ran.code, ran.out) == (1, "")
+    assert "step 0" in ran.err
+
+
+def test_a_plan_for_another_model(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    words = ("plan", "-r", TOKENS, "--set", "model.layers=3", "-o", str(path))
+    assert cli(*words).code == 0
+    ran = cli("run", "--plan", str(path))
+    assert (ran.code, ran.out) == (1, "")
+    assert "layers" in ran.err
+
+
+def test_a_model_folder_without_weights(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("run", "-r", TOKENS, "--model", str(tmp_path))
+    assert (ran.code, ran.out) == (1, "")
+    assert str(tmp_path) in ran.err
+
+
+def test_an_output_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("plan", "-r", TOKENS, "-o", str(tmp_path / "no" / "plan.json"))
+    assert ran.code == 1
+    assert "cannot write" in ran.err

@@ -1,0 +1,105 @@
+"""`sage infer` on both live `sage` commands, for real."""
+
+import argparse
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import typer
+
+from sagellm_ir.cli import sage_plugin
+
+ROOT = Path(__file__).parent.parent.parent
+ISAGE_CLI = ("isage-cli==0.2.4.43", "isage-common==0.2.5.2")
+ISAGE_CLI_NEEDS = ("typer", "rich", "pyyaml", "psutil", "requests", "httpx")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def sage_of(python: Path) -> Path:
+    return python.parent / "sage"
+
+
+@pytest.fixture(scope="module")
+def isage() -> Path:
+    """The `sage` of this environment: argparse."""
+    sage = sage_of(Path(sys.executable))
+    assert sage.exists(), "isage is not installed: pip install 'sagellm-ir[sage]'"
+    return sage
+
+
+@pytest.fixture(scope="module")
+def isage_cli(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `sage` of isage-cli, a Typer app, in an environment of its own: it collides with isage."""
+    folder = tmp_path_factory.mktemp("isage-cli") / "venv"
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip: tuple[str | Path, ...] = (python, "-m", "pip", "install", "-q")
+    if find_spec("uv"):
+        pip = (sys.executable, "-m", "uv", "pip", "install", "-q", "--python", python)
+    # Its own dependencies bring torch and a hundred packages that the command line does not need.
+    steps = (
+        (*pip, "--no-deps", *ISAGE_CLI),
+        (*pip, *ISAGE_CLI_NEEDS, "--editable", ROOT),
+    )
+    for step in steps:
+        done = run(*step)
+        if done.returncode:
+            pytest.skip(f"isage-cli cannot be installed here: {done.stderr.strip()[-200:]}")
+    return sage_of(python)
+
+
+@pytest.mark.parametrize("which", ["isage", "isage_cli"])
+def test_commands_reach_us(which: str, request: pytest.FixtureRequest) -> None:
+    sage = request.getfixturevalue(which)
+    found = run(sage, "infer", "ir", "passes", "--json")
+    assert found.returncode == 0, found.stderr
+    assert '"prefix-dedup"' in found.stdout
+
+
+@pytest.mark.parametrize("which", ["isage", "isage_cli"])
+def test_help_options_and_exit_codes_reach_us(which: str, request: pytest.FixtureRequest) -> None:
+    sage = request.getfixturevalue(which)
+    shown = run(sage, "infer", "ir", "dump", "--help")
+    assert shown.returncode == 0
+    assert "Example: sage infer ir dump" in shown.stdout
+    wrong = run(sage, "infer", "ir", "dump", "--request", "examples/tokens.jsonl", "-p", "schedul")
+    assert wrong.returncode == 1
+    assert "did you mean 'schedule'?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert run(sage, "infer", "ir", "dump", "--nope").returncode == 2
+
+
+@pytest.mark.parametrize("which", ["isage", "isage_cli"])
+def test_other_commands_still_work(which: str, request: pytest.FixtureRequest) -> None:
+    sage = request.getfixturevalue(which)
+    shown = run(sage, "--help")
+    assert shown.returncode == 0
+    assert "infer" in shown.stdout
+
+
+def test_a_taken_name_is_left_alone() -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    mine = commands.add_parser("infer")
+    sage_plugin.register(commands)
+    assert commands.choices["infer"] is mine
+
+    app = typer.Typer()
+    app.command("infer")(lambda: None)
+    sage_plugin.register(app)
+    assert not app.registered_groups
+
+
+def test_register_never_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        choices: tuple[str, ...] = ()
+
+        def add_parser(self, *words: str, **options: object) -> None:
+            raise RuntimeError("no more room")
+
+    sage_plugin.register(Broken())
+    assert "no more room" in capsys.readouterr().err

@@ -62,15 +62,17 @@ def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:
 def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
     """One node as text, without a line end. `names` caches how names are written."""
     names = _Names() if names is None else names
-    text = f"%{names[node.name]} = {node.kind}"
+    span = operands = after = ""
     if isinstance(node, KVNode):
-        text = f"{text} @{names[node.request]}[{node.start}:{node.stop}]"
-    if node.operands:
-        text = f"{text}(%{', %'.join(map(names.__getitem__, node.operands))})"
-    text += _block(node)
+        span = f" @{names[node.request]}[{node.start}:{node.stop}]"
+    if values := node.operands:
+        one = len(values) == 1
+        inner = names[values[0]] if one else ", %".join(map(names.__getitem__, values))
+        operands = f"(%{inner})"
     if node.after:
-        text = f"{text} after %{', %'.join(map(names.__getitem__, node.after))}"
-    return f"{text} : {node.type}"
+        after = f" after %{', %'.join(map(names.__getitem__, node.after))}"
+    head = f"%{names[node.name]} = {node.kind}"
+    return f"{head}{span}{operands}{_block(node)}{after} : {node.type}"
 
 
 def _block(value: Any) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache
+from operator import sub
 from types import NoneType, UnionType
 from typing import Any, get_args
 
@@ -112,12 +113,10 @@ def format_value(value: Any, type_name: str) -> str:
 
 def _runs(values: tuple[int, ...]) -> list[str]:
     """Integers with every ascending run of three or more written `first:last+1`."""
+    ends = [i for i, gap in enumerate(map(sub, values[1:], values), 1) if gap != 1]
     parts: list[str] = []
-    start, count = 0, len(values)
-    while start < count:
-        stop, following = start + 1, values[start] + 1
-        while stop < count and values[stop] == following:
-            stop, following = stop + 1, following + 1
+    start = 0
+    for stop in (*ends, len(values)) if values else ():
         if stop - start > 2:
             parts.append(f"{values[start]}:{values[start] + stop - start}")
         else:

@@ -14,7 +14,7 @@ from sagellm_ir.requests import load_requests
 from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 from sagellm_ir.target import Target
 
-PIPELINE = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,schedule,evict{policy=belady}"
+PIPELINE = "O2"
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.jsonl"))
 
 

@@ -10,7 +10,7 @@ from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import Target, Tier
 from tests.embedded.tiny import SEED, TINY, oracle
 
-PIPELINE = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,schedule,evict{policy=belady}"
+PIPELINE = "O2"
 MODEL = random_model(TINY, seed=SEED)
 TARGET = Target(
     block_size=4,

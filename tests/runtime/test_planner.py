@@ -17,7 +17,7 @@ from tests.lowering.plans import decls, targets
 from tests.lowering.toy import scheduled
 from tests.runtime.checked_engine import CheckedEngine
 
-PIPELINE = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,schedule,evict{policy=belady}"
+PIPELINE = "O2"
 TARGET = Target(
     block_size=4,
     max_tokens=32,

@@ -96,7 +96,7 @@ def _converter() -> Converter:
 
 
 def _is_tuple(cls: Any) -> bool:
-    return bool(get_origin(cls) == tuple)
+    return get_origin(cls) is tuple
 
 
 def _tuple_hook(converter: Converter, cls: Any) -> Any:
@@ -105,7 +105,7 @@ def _tuple_hook(converter: Converter, cls: Any) -> Any:
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, list):
-            raise ValueError(f"expected a list, found {str(value)[:40]}")  # noqa: TRY004
+            raise ValueError(f"expected a list, found {str(value)[:40]}")
         return tuple(converter.structure(value, items))
 
     return structure

@@ -4,7 +4,7 @@ import pytest
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.text import parse_graph
-from sagellm_ir.text.parser import MAX_INTS
+from sagellm_ir.text.values import MAX_INTS
 
 CASES = [
     # line inside the graph, column of the caret, message, help

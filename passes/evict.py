@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from attrs import field, frozen, validators
+from attrs import Attribute, field, frozen, validators
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.base import Pass, PassContext
@@ -10,8 +10,14 @@ from sagellm_ir.passes.eviction.emit import emit
 from sagellm_ir.passes.eviction.live import flatten
 from sagellm_ir.passes.eviction.steps import Steps
 from sagellm_ir.passes.eviction.sweep import Sweep
+from sagellm_ir.passes.kv_policy import policy_names
 
 __all__ = ["Evict"]
+
+
+def _is_policy(_: object, option: "Attribute[str]", value: str) -> None:
+    if value not in (names := policy_names()):
+        raise ValueError(f"{option.name!r} must be one of {names}", option, names, value)
 
 
 @frozen
@@ -31,7 +37,7 @@ class Evict(Pass):
     name: ClassVar[str] = "evict"
     needs: ClassVar[tuple[str, ...]] = ("scheduled",)
 
-    policy: str = "belady"
+    policy: str = field(default="belady", validator=_is_policy)
     """Who leaves first: `belady`, `lru`, `lfu`, `fifo`, `cost`, or one that a package brings."""
     spill: str = field(default="auto", validator=validators.in_(("auto", "always", "never")))
     """Copy what leaves to a lower tier: when that is cheaper, whenever there is room, or only

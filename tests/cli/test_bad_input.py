@@ -24,7 +24,7 @@ ILL_TYPED = (
     ("words", "expected"),
     [
         (("ir", "dump", "-r", TOKENS, "-p", "prefix-dedupe"), "did you mean 'prefix-dedup'?"),
-        (("ir", "dump", "-r", TOKENS, "-p", "evict{policy=lur}"), "lru"),
+        (("ir", "dump", "-r", TOKENS, "-p", "evict{policy=lur}"), "did you mean 'lru'?"),
         (("ir", "dump", "-r", TOKENS, "-p", "evict{polcy=lru}"), "did you mean 'policy'?"),
         (("ir", "dump", "-r", "nowhere.jsonl"), "nowhere.jsonl"),
         (("ir", "dump", "-r", TOKENS, "--target", "h20"), "did you mean 'h200'?"),

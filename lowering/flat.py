@@ -104,7 +104,6 @@ class FlatGraph:
             if not isinstance(node, KVNode):
                 last = max((self.last[index[name]] for name in node.operands), default=step)
                 self.last[i] = last
-                self.ended[last + 1].append(i)
                 continue
             self.request[i] = node.request
             self.start[i] = start = node.start
@@ -119,6 +118,23 @@ class FlatGraph:
                 continue
             if start:
                 self.parent[i] = index[node.operands[-1]]
+        self._end_reduces(graph)
+
+    def _end_reduces(self, graph: IRGraph) -> None:
+        """A collective ends with its operands, or before a later one that takes a row over."""
+        summed: dict[tuple[str, str], int] = {}
+        for step in sorted(self.reduces):
+            for i in self.reduces[step]:
+                node = graph.nodes[i]
+                assert isinstance(node, AllReduce), node
+                for name in node.operands:
+                    before = summed.get((node.group, name), NONE)
+                    if before != NONE and graph.nodes[before].step != step:
+                        self.last[before] = min(self.last[before], step - 1)
+                    summed[node.group, name] = i
+        for reduces in self.reduces.values():
+            for i in reduces:
+                self.ended[self.last[i] + 1].append(i)
 
     def _read_decode(self, i: int, node: Decode, steps: int) -> None:
         until = self.last[i] if node.until is None else node.until

@@ -11,6 +11,8 @@ from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin
 from sagellm_ir.nodes.allreduce import payload
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.rewrite import Names, merge
+from sagellm_ir.verify.columns import Columns
+from sagellm_ir.verify.schedule import step_workers
 
 __all__ = ["CommFusion"]
 
@@ -25,7 +27,7 @@ class CommFusion(Pass):
     Law: in every step, each row is summed by one collective; the bytes of a step stay the same,
     and its calls become those of one row. A collective stands from its step on, until another
     one takes over a row of it, or its rows end: so there is a new one whenever a row comes or
-    goes, over all rows that run then.
+    goes, over all rows that run then. The nodes of the result stand in the order they run.
 
     One call moves what many would have, and the latency is paid once (bucketing: S. Li et al.,
     "PyTorch Distributed", VLDB 2020).
@@ -45,10 +47,15 @@ class CommFusion(Pass):
             return graph
         fusion = _Fusion(graph, sums, self.bucket_bytes, self.fuse_norm and graph.target.tp > 1)
         fused = fusion.fused()
+        if {_key(node) for node in fused} == {_key(node) for node in sums}:
+            return graph
         ctx.count("collectives before", len(sums))
         ctx.count("collectives after", len(fused))
-        nodes = fusion.placed(fused)
-        return graph if nodes == graph.nodes else graph.replace(nodes=nodes)
+        return graph.replace(nodes=fusion.placed(fused))
+
+
+def _key(node: AllReduce) -> tuple[object, ...]:
+    return node.step, node.operands, node.group, node.bytes, node.calls, node.fused
 
 
 class _Fusion:
@@ -64,10 +71,17 @@ class _Fusion:
         self.order = {node.name: i for i, node in enumerate(graph.nodes)}
         self.old: dict[Place, dict[str, AllReduce]] = defaultdict(dict)
         """By place: each row, and the collective that sums it."""
+        self.gone = {node.name: node.operands for node in sums}
         for node in sums:
             for name in node.operands:
-                self.old[node.worker, node.group][name] = node
+                if self._runs(name):
+                    self.old[node.worker, node.group][name] = node
         self.used: set[str] = set()
+        workers = [worker.name for worker in graph.target.workers]
+        self.owners: list[str] = []
+        """The worker of each step, when there are several."""
+        if len(workers) > 1:
+            self.owners = [workers[i] for i in step_workers(Columns(graph)).tolist()]
 
     def fused(self) -> list[AllReduce]:
         """The new collectives."""
@@ -80,18 +94,27 @@ class _Fusion:
         for name in rows:
             first, last = self._span(name)
             comes[first].append(name)
-            goes[last + 1].append(name)
+            goes[self._own(last + 1, rows[name].worker)].append(name)
+        goes.pop(len(self.graph.loops), None)
         running: dict[str, None] = {}
         before: set[tuple[str, ...]] = set()
         for step in sorted({*comes, *goes}):
             for name in goes.get(step, ()):
                 del running[name]
             running.update(dict.fromkeys(comes.get(step, ())))
-            buckets = list(self._buckets(running))
+            buckets = list(self._buckets(running, rows))
             for bucket in buckets:
                 if bucket not in before:
                     yield self._sum(bucket, step, rows)
             before = set(buckets)
+
+    def _own(self, step: int, worker: str | None) -> int:
+        """The first step from `step` on that is the worker's; the number of steps if none is."""
+        steps = len(self.graph.loops)
+        worker = worker or self.graph.target.workers[0].name
+        while step < steps and self.owners and self.owners[step] != worker:
+            step += 1
+        return step
 
     def _span(self, name: str) -> tuple[int, int]:
         """First and last step of a row."""
@@ -101,12 +124,14 @@ class _Fusion:
         assert last is not None, "the stage is scheduled"
         return node.step, last
 
-    def _buckets(self, rows: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    def _buckets(
+        self, running: Iterable[str], rows: dict[str, AllReduce]
+    ) -> Iterator[tuple[str, ...]]:
         """The rows, in node order, in as few runs as the limit allows."""
         bucket: list[str] = []
         size = 0
-        for name in sorted(rows, key=self.order.__getitem__):
-            more = self._bytes(name)
+        for name in sorted(running, key=self.order.__getitem__):
+            more = self._bytes(name, rows[name])
             if bucket and self.limit and size + more > self.limit:
                 yield tuple(bucket)
                 bucket, size = [], 0
@@ -115,7 +140,16 @@ class _Fusion:
         if bucket:
             yield tuple(bucket)
 
-    def _bytes(self, name: str) -> int:
+    def _runs(self, name: str) -> bool:
+        """Whether a row has a forward: a decode of one token may have none."""
+        node = self.graph.by_name[name]
+        prompt = self.graph.request[node.request].prompt_len if isinstance(node, Decode) else 0
+        return not isinstance(node, Decode) or node.stop - node.start > (node.start == prompt)
+
+    def _bytes(self, name: str, old: AllReduce) -> int:
+        """Payload of one row; that of several together is shared out by their sizes."""
+        if len(old.operands) == 1:
+            return old.bytes
         return payload(self.graph.by_name[name], self.graph.target)
 
     def _sum(self, bucket: tuple[str, ...], step: int, rows: dict[str, AllReduce]) -> AllReduce:
@@ -128,7 +162,7 @@ class _Fusion:
         return AllReduce(
             name,
             operands=bucket,
-            bytes=sum(map(self._bytes, bucket)),
+            bytes=sum(self._bytes(row, rows[row]) for row in bucket),
             calls=max(old.calls for old in olds),
             fused=self.kind or base.fused,
             group=base.group,
@@ -139,20 +173,17 @@ class _Fusion:
         )
 
     def placed(self, fused: Iterable[AllReduce]) -> tuple[IRNode, ...]:
-        """The graph's nodes with the new collectives, each behind its last operand.
+        """The graph's nodes in the order they run, each step's collectives behind its nodes.
 
         What waited for a collective waits for its rows.
         """
-        behind: dict[str, list[AllReduce]] = defaultdict(list)
-        for node in fused:
-            behind[node.operands[-1]].append(node)
-        old = {node.name: node.operands for rows in self.old.values() for node in rows.values()}
         nodes: list[IRNode] = []
         for node in self.graph.nodes:
-            if isinstance(node, AllReduce):
-                continue
-            if not old.keys().isdisjoint(node.after):
-                after = merge(*(old.get(name, (name,)) for name in node.after))
-                node = node.replace(after=after)
-            nodes += (node, *behind.get(node.name, ()))
-        return tuple(nodes)
+            if not isinstance(node, AllReduce):
+                if not self.gone.keys().isdisjoint(node.after):
+                    after = merge(*(self.gone.get(name, (name,)) for name in node.after))
+                    nodes.append(node.replace(after=after))
+                else:
+                    nodes.append(node)
+        nodes += fused
+        return tuple(sorted(nodes, key=lambda node: -1 if node.step is None else node.step))

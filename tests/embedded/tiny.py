@@ -47,7 +47,7 @@ def oracle(model: CausalLM, tokens: Sequence[int], new: int) -> list[int]:
             torch.zeros(2, config.kv_heads, size, config.head_dim) for _ in range(config.layers)
         ]
         index = torch.arange(size)
-        part = Part(slice(0, size), causal=True, first=True)
+        part = Part(slice(0, size), fresh=slice(0, size), causal=True, first=True)
         batch = Batch(torch.tensor(known), index, index, (part,), torch.tensor([size - 1]))
         known.append(int(model.forward(batch, cache).argmax()))
     return known[len(tokens) :]

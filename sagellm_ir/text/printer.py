@@ -13,7 +13,6 @@ from sagellm_ir.nodes import IRNode, KVNode
 from sagellm_ir.target import Target
 from sagellm_ir.text.syntax import (
     TEXT_VERSION,
-    Attribute,
     are_simple,
     attributes_of,
     format_name,
@@ -75,33 +74,37 @@ def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
     return f"{head}{span}{operands}{_block(node)}{after} : {node.type}"
 
 
-def _block(value: Any) -> str:
+def _block(owner: Any) -> str:
     """` {key = value, ...}` of the attributes that do not have their default, or nothing."""
-    cls: type = type(value)
+    cls: type = type(owner)
     get, defaults, attributes = _columns(cls)
-    if (found := get(value)) == defaults:
+    if (found := get(owner)) == defaults:
         return ""
     shown = [
-        f"{attribute.text} = {format_value(found[i], attribute.type)}"
-        for i, attribute in enumerate(attributes)
-        if found[i] != attribute.default
+        f"{key} = {format_value(value, type_name)}"
+        for value, usual, key, type_name in zip(found, defaults, *attributes, strict=True)
+        if value != usual
     ]
     return f" {{{', '.join(shown)}}}"
 
 
 @cache
-def _columns(cls: type) -> tuple[Callable[[Any], Any], tuple[Any, ...], tuple[Attribute, ...]]:
-    """A getter of all attributes of a class, as one tuple, their defaults, and what they are."""
+def _columns(
+    cls: type,
+) -> tuple[Callable[[Any], Any], tuple[Any, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
+    """A getter of all attributes of a class, as one tuple; their defaults; their keys and types."""
     attributes = attributes_of(cls)
     names = [attribute.field for attribute in attributes]
     if len(names) > 1:
         get: Callable[[Any], Any] = attrgetter(*names)
-    else:
+    else:  # attrgetter of one name gives no tuple
 
         def get(value: Any) -> tuple[Any, ...]:
             return tuple(getattr(value, name) for name in names)
 
-    return get, tuple(attribute.default for attribute in attributes), attributes
+    keys = tuple(attribute.text for attribute in attributes)
+    types = tuple(attribute.type for attribute in attributes)
+    return get, tuple(attribute.default for attribute in attributes), (keys, types)
 
 
 def _provenance(node: IRNode) -> str:

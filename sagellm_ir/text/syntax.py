@@ -113,10 +113,12 @@ def format_value(value: Any, type_name: str) -> str:
 
 def _runs(values: tuple[int, ...]) -> list[str]:
     """Integers with every ascending run of three or more written `first:last+1`."""
+    if not values:
+        return []
     ends = [i for i, gap in enumerate(map(sub, values[1:], values), 1) if gap != 1]
     parts: list[str] = []
     start = 0
-    for stop in (*ends, len(values)) if values else ():
+    for stop in (*ends, len(values)):
         if stop - start > 2:
             parts.append(f"{values[start]}:{values[start] + stop - start}")
         else:

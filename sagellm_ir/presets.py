@@ -19,7 +19,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.located_yaml import LocatedYAML, Where
 from sagellm_ir.target import DEVICE, ModelSpec, Target, Tier
 
-__all__ = ["load_model", "load_target", "model_names", "target_names"]
+__all__ = ["config_folder", "load_model", "load_target", "model_names", "target_names"]
 
 _PRESET = re.compile(r"\w[\w.\-]*")
 _MOST_WORKERS = 1024
@@ -81,7 +81,7 @@ def load_target(name_or_path: str | Path, **overrides: Any) -> Target:
     return target
 
 
-def _config() -> Path:
+def config_folder() -> Path:
     """The folder `config`: in the package when installed, beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / "config"
@@ -89,7 +89,7 @@ def _config() -> Path:
 
 
 def _names(kind: str) -> list[str]:
-    return sorted(path.stem for path in (_config() / kind).glob("*.yaml"))
+    return sorted(path.stem for path in (config_folder() / kind).glob("*.yaml"))
 
 
 def _preset(kind: str, name: str) -> Path:
@@ -97,7 +97,7 @@ def _preset(kind: str, name: str) -> Path:
         singular = kind.removesuffix("s")
         message = f"there is no {singular} preset {name!r}"
         raise SageIRError(Diagnostic(message, help=suggest(name, _names(kind))))
-    return _config() / kind / f"{name}.yaml"
+    return config_folder() / kind / f"{name}.yaml"
 
 
 def _expand(file: LocatedYAML, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,17 +104,28 @@ class PrefixAttention:
         shared = {"sizes": 2, "nodes": batch * NODE_FIELDS, "items": items * 2, "rows": 4 * rows}
         tables = {"where_start": batch, "where": 64 * rows}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
-        # The schedule kernel's: slots, parts, sizes, items.
-        ints = torch.zeros(2 * batch + 2 + 2 * items, dtype=torch.int32, device=self.device)
-        slots, part_start, self._sizes, self._items = ints.split([batch, batch, 2, 2 * items])
-        names = ("q_start", "begin", "shared_slots", "part_base", "row_seq", "nodes", "rows")
+        self._items = self._ints(2 * items)
+        self._sizes = self._ints(2)
+        get = self._meta.device
         self._lists = Lists(
-            *map(self._meta.device, (*names, "where_start", "where")),
-            slots=slots,
-            parts=part_start,
+            q_start=get("q_start"),
+            begin=get("begin"),
+            shared_slots=get("shared_slots"),
+            part_base=get("part_base"),
+            row_seq=get("row_seq"),
+            nodes=get("nodes"),
+            rows=get("rows"),
+            where_start=get("where_start"),
+            where=get("where"),
+            slots=self._ints(batch),
+            parts=self._ints(batch),
             partial=torch.empty(parts, spec.kv_heads, spec.head_dim, device=self.device),
             lse=torch.empty(parts, spec.kv_heads, device=self.device),
         )
+
+    def _ints(self, size: int) -> Tensor:
+        """A buffer that the schedule kernel fills."""
+        return torch.zeros(size, dtype=torch.int32, device=self.device)
 
     def update(
         self,

@@ -24,7 +24,7 @@ class Mirror:
         self._host = torch.zeros(at, dtype=torch.int32, pin_memory=cuda)
         self._array: NDArray[np.int32] = self._host.numpy()
         self._device = torch.zeros(at, dtype=torch.int32, device=device)
-        self._copied = torch.cuda.Event() if cuda else None
+        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def device(self, name: str) -> torch.Tensor:
         """The array on the device."""

@@ -30,7 +30,7 @@ class SharedPrefix:
 
     start: int
     stop: int
-    rows: Sequence[int]
+    rows: Sequence[int] | Ints
     """Indices of the sequences in the batch, in any order, each once."""
 
 

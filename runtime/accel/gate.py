@@ -31,6 +31,8 @@ class Gate:
     """Matrix arithmetic of the packed tiles, padding included, FLOP/s."""
     launch: float = 3.0e-6
     """What the extra kernel costs a layer, seconds."""
+    node: float = 0.5e-6
+    """What one more node costs: tiles that start and end, partials to merge, seconds."""
     programs: int = 132
     """SMs: a node with fewer tiles is cut along its keys to fill them."""
 
@@ -50,7 +52,7 @@ class Gate:
         together = self._read(spec, tiles, shared, tokens)
         cuts = max(1, min(ceil_div(tokens, 256), self.programs // (tiles * spec.kv_heads)))
         partials = 2 * cuts * queries * spec.heads * (spec.head_dim + 1) * 4
-        return apart - together - partials / self.bandwidth
+        return apart - together - partials / self.bandwidth - self.node
 
     def tile_rows(self, spec: AttentionSpec, nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""

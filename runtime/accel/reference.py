@@ -30,7 +30,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, scale_zero: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that `quantise` stored, `(code - zero) * scale`."""
-    scale, zero = scale_zero.to(dtype).split(1, -1)
+    scale, zero = scale_zero[..., :1].to(dtype), scale_zero[..., 1:].to(dtype)
     return (codes.to(dtype) - zero) * scale
 
 

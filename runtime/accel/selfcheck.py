@@ -74,10 +74,9 @@ def random_batch(
     if spec.sinks:
         extra["sinks"] = torch.randn(spec.heads, device=device).to(spec.dtype)
     q = torch.randn(sum(q_lens), spec.heads, spec.head_dim, device=device).to(spec.dtype)
+    lengths = torch.tensor(kv_lens, dtype=torch.int32, device=device)
     return Batch(
-        *(list(q_lens), list(kv_lens), list(groups), q, *caches, table.to(device)),
-        torch.tensor(kv_lens, dtype=torch.int32, device=device),
-        extra,
+        [*q_lens], [*kv_lens], [*groups], q, caches[0], caches[1], table.to(device), lengths, extra
     )
 
 

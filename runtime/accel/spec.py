@@ -1,11 +1,12 @@
 """`AttentionSpec`: the shape of one model's attention over a paged cache, and what is supported."""
 
 import math
+from functools import cached_property
 
 import torch
 from attrs import field, frozen, validators
 
-__all__ = ["BLOCK_SIZES", "HEAD_DIMS", "AttentionSpec", "unsupported"]
+__all__ = ["BLOCK_SIZES", "HEAD_DIMS", "KV_FORMATS", "AttentionSpec", "unsupported"]
 
 BLOCK_SIZES = (16, 32, 64)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -41,22 +42,22 @@ class AttentionSpec:
     sinks: bool = False
     """Whether each query head has a learned logit that joins the softmax without a value."""
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads of one KV head."""
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def score_scale(self) -> float:
         """`scale`, or its default."""
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
-    @property
+    @cached_property
     def cache_dtype(self) -> torch.dtype:
         """Type of the cache's elements."""
         return {"int8": torch.uint8, "fp8": torch.float8_e4m3fn}.get(self.kv, self.dtype)
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """K and V of one token in this layer, in bytes."""
         scales = 4 * self.dtype.itemsize if self.kv == "int8" else 0

@@ -26,8 +26,8 @@ class Tile:
 
 _NARROW = (  # head_dim <= 64
     Tile(16, 64, 4, 4, 128, 4),
-    Tile(32, 64, 4, 3, 128, 4),
-    Tile(64, 64, 4, 3, 168, 3),
+    Tile(32, 64, 4, 3, 168, 3),
+    Tile(64, 64, 4, 3, 255, 2),
     Tile(128, 64, 8, 3, 255, 1),
 )
 _MIDDLE = (
@@ -52,7 +52,7 @@ _WIDE = (  # head_dim 256
 
 def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
     if spec.head_dim > 128:
-        return _WIDE
+        return _WIDE[:2] if spec.kv == "int8" else _WIDE
     if spec.head_dim > 64:
         return _MIDDLE_INT8 if spec.kv == "int8" else _MIDDLE
     return _NARROW

@@ -4,7 +4,7 @@ import numpy as np
 from attrs import frozen
 
 from sagellm_ir.runtime.accel.forest import Forest, Ints
-from sagellm_ir.runtime.accel.gate import Gate, ceil_div
+from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_for
 
@@ -70,7 +70,9 @@ def plan_shared(
         return None
     lengths = np.array([node.end - node.begin for node in forest.nodes])
     queries = np.array([len(rows) for rows in lists])
-    tile = tile_for(spec, gate.tile_rows(spec, list(zip(queries, lengths, strict=True))))
+    tile = tile_for(
+        spec, gate.tile_rows(spec, list(zip(queries.tolist(), lengths.tolist(), strict=True)))
+    )
     tiles = -(-queries * spec.group // tile.rows)
     chunk = _chunk(spec, lengths, queries, tiles, limits.sms * tile.ctas, int(q_start[-1]), limits)
     if chunk is None:
@@ -121,11 +123,13 @@ def _where(
 
 def _queries(rows: Ints, q_start: Ints) -> Ints:
     """Query tokens of some sequences."""
-    first, count = q_start[rows], q_start[rows + 1] - q_start[rows]
+    first: Ints = q_start[rows]
+    count = q_start[rows + 1] - first
     if (count == 1).all():
         return first
     skip = np.repeat(np.cumsum(count) - count, count)
-    return (np.arange(count.sum()) - skip + np.repeat(first, count)).astype(np.int32)
+    found: Ints = (np.arange(count.sum()) - skip + np.repeat(first, count)).astype(np.int32)
+    return found
 
 
 def _chunk(
@@ -139,13 +143,13 @@ def _chunk(
 ) -> int | None:
     """The chunk length with the smallest makespan whose lists fit, as `schedule` on the device."""
     longest = int(lengths.max())
-    best, found = float("inf"), None
-    for size in (longest, *(CHUNK << k for k in reversed(range(CHUNKS)))):
-        cuts = -(-lengths // size)
-        items = int((cuts * tiles).sum())
-        # One private slot each comes on top; the device cuts no further than there is room.
-        parts = (int((cuts * queries).sum()) + all_queries) * spec.group
-        cost = ceil_div(items * spec.kv_heads, grid) * (size + ITEM_COST)
-        if size <= longest and items <= limits.items and parts <= limits.parts and cost < best:
-            best, found = cost, size
-    return found
+    sizes = np.array(
+        [longest, *(CHUNK << k for k in reversed(range(CHUNKS)) if CHUNK << k < longest)]
+    )
+    cuts = -(-lengths // sizes[:, None])
+    items = cuts @ tiles
+    # One private slot each comes on top; the device cuts no further than there is room.
+    parts = (cuts @ queries + all_queries) * spec.group
+    cost = -(-items * spec.kv_heads // grid) * (sizes + ITEM_COST)
+    fits = (items <= limits.items) & (parts <= limits.parts)
+    return int(sizes[np.where(fits, cost, np.inf).argmin()]) if fits.any() else None

@@ -1,15 +1,19 @@
 """Build the kernels for sm_90 without a GPU; print what each uses, as JSON lines.
 
+`--all` builds `attend` for every head_dim, block size, cache format and tile (about 10 minutes).
 Run by `test_aot.py` in a process of its own: the other tests run the kernels in Triton's
 interpreter, and a process has either the interpreter or the compiler.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +26,8 @@ from sagellm_ir.runtime.accel.launch import (
     merge_constants,
     schedule_constants,
 )
-from sagellm_ir.runtime.accel.spec import AttentionSpec
-from sagellm_ir.runtime.accel.tiles import Tile, tile_for
+from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS, AttentionSpec
+from sagellm_ir.runtime.accel.tiles import Tile, tile_for, tile_heights
 
 POINTER = {
     torch.float16: "*fp16",
@@ -34,7 +38,9 @@ POINTER = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def build(kernel, spec: AttentionSpec, constants: dict, tile: Tile | None) -> dict:
+def build(
+    kernel: Any, spec: AttentionSpec, constants: dict[str, object], tile: Tile | None
+) -> dict[str, Any]:
     """Compile one kernel; registers, bytes of stack (spills) and of shared memory."""
     cache, data = POINTER[spec.cache_dtype], POINTER[spec.dtype]
     scales = data if spec.kv == "int8" else cache
@@ -67,16 +73,31 @@ def build(kernel, spec: AttentionSpec, constants: dict, tile: Tile | None) -> di
         usage = subprocess.run(
             [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    numbers = re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+    found: dict[str, Any] = {key: int(value) for key, value in numbers}
     found |= {"shared": binary.metadata.shared, "wgmma": "wgmma.mma" in binary.asm["ptx"]}
     return found | {"copies": binary.asm["ptx"].count("cp.async.cg")}
 
 
+def everything() -> Iterator[tuple[str, dict[str, Any], int, bool]]:
+    """Every `attend` without window, soft cap and sinks."""
+    for head_dim, block, kv in itertools.product(HEAD_DIMS, BLOCK_SIZES, KV_FORMATS):
+        fields: dict[str, Any] = {
+            "heads": 28,
+            "kv_heads": 4,
+            "head_dim": head_dim,
+            "block_size": block,
+            "kv": kv,
+        }
+        for rows, shared in itertools.product(tile_heights(AttentionSpec(**fields)), (True, False)):
+            yield "attend", fields, rows, shared
+
+
 def main() -> None:
     """Read [name, spec, tile rows or 0, shared] from standard input, write one line each."""
-    for name, fields, rows, shared in json.load(sys.stdin):
-        fields["dtype"] = getattr(torch, fields.get("dtype", "bfloat16"))
-        spec = AttentionSpec(**fields)
+    whole = sys.argv[1:] == ["--all"]
+    for name, fields, rows, shared in everything() if whole else json.load(sys.stdin):
+        spec = AttentionSpec(**fields | {"dtype": getattr(torch, fields.get("dtype", "bfloat16"))})
         if name == "attend":
             tile = tile_for(spec, rows)
             found = build(kernels.attend, spec, attend_constants(spec, tile, shared=shared), tile)
@@ -85,7 +106,7 @@ def main() -> None:
         else:
             constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
             found = build(kernels.schedule, spec, constants, None)
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found | {"case": [fields, rows, shared]} if whole else found), flush=True)
 
 
 if __name__ == "__main__":

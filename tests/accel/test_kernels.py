@@ -4,23 +4,31 @@ An iteration of a program costs milliseconds here, so shapes are small; every te
 must not be read (see `selfcheck`).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import sagellm_ir.runtime.accel.attention as attention_module
 from sagellm_ir.runtime.accel.attention import PrefixAttention, Variant
 from sagellm_ir.runtime.accel.forest import SharedPrefix
 from sagellm_ir.runtime.accel.selfcheck import largest_error, random_batch, tolerance
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 
 HALF = torch.float16
+Tree = tuple[int, list[int], list[int], list[SharedPrefix]]
+"""Block size, new tokens, all tokens, groups."""
 TREE = [SharedPrefix(0, 64, (0, 1, 2)), SharedPrefix(64, 192, (2, 0)), SharedPrefix(0, 128, (4, 5))]
 
 
-def attention(spec, *, workspace=1 << 20, max_batch=8, max_rows=64):
+def attention(
+    spec: AttentionSpec, *, workspace: int = 1 << 20, max_batch: int = 8, max_rows: int = 64
+) -> PrefixAttention:
     return PrefixAttention(
-        *(spec,),
+        spec,
         max_batch=max_batch,
         max_rows=max_rows,
         device="cpu",
@@ -29,7 +37,13 @@ def attention(spec, *, workspace=1 << 20, max_batch=8, max_rows=64):
     )
 
 
-def check(spec, q_lens, kv_lens, groups=(), **options):
+def check(
+    spec: AttentionSpec,
+    q_lens: list[int],
+    kv_lens: list[int],
+    groups: Sequence[SharedPrefix] = (),
+    **options: int,
+) -> PrefixAttention:
     batch = random_batch(spec, q_lens, kv_lens, groups)
     kernels = attention(spec, **options)
     assert largest_error(kernels, batch) < tolerance(spec)
@@ -54,7 +68,7 @@ def check(spec, q_lens, kv_lens, groups=(), **options):
     ],
     ids=lambda spec: f"{spec.heads}x{spec.kv_heads}x{spec.head_dim}-{spec.block_size}-{spec.kv}",
 )
-def test_decode_over_trees(spec):
+def test_decode_over_trees(spec: AttentionSpec) -> None:
     # Two groups, one with a nested group; a sequence that shares nothing; one with a single key.
     kernels = check(spec, [1] * 7, [210, 81, 199, 1, 129, 130, 100], TREE)
     assert kernels.variant.shared
@@ -62,13 +76,13 @@ def test_decode_over_trees(spec):
 
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("window", [0, 30])
-def test_extend_with_a_causal_tail(block_size, window):
+def test_extend_with_a_causal_tail(block_size: int, window: int) -> None:
     # 7 heads a group: a query's heads lie in two tiles. Chunks of 5, 17, 1 and 6 new tokens.
     spec = AttentionSpec(7, 1, 64, block_size, HALF, window=window)
     check(spec, [5, 17, 1, 6], [200, 230, 65, 6], [SharedPrefix(0, 64, (0, 1, 2))])
 
 
-def test_pages_need_not_be_contiguous_in_the_cache():
+def test_pages_need_not_be_contiguous_in_the_cache() -> None:
     """K and V interleaved in one allocation, heads before rows: only the last stride is fixed."""
     spec = AttentionSpec(4, 2, 64, 16, HALF)
     batch = random_batch(spec, [1, 1], [40, 41], [SharedPrefix(0, 32, (0, 1))])
@@ -85,20 +99,21 @@ def test_pages_need_not_be_contiguous_in_the_cache():
     assert torch.equal(out, plain)
 
 
-def test_without_groups_only_the_plain_path_runs(monkeypatch):
-    from sagellm_ir.runtime.accel import attention as module
-
+def test_without_groups_only_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    real = module.launch_attend
-    monkeypatch.setattr(
-        *(module, "launch_attend"), lambda *a, shared: (launched.append(shared), real(*a, shared=shared))
-    )  # fmt: skip
+    real = getattr(attention_module, "launch_attend")  # noqa: B009 (not exported)
+
+    def spy(*args: Any, shared: bool) -> None:
+        launched.append(shared)
+        real(*args, shared=shared)
+
+    monkeypatch.setattr(attention_module, "launch_attend", spy)
     kernels = check(AttentionSpec(4, 2, 64, 16, HALF), [1, 1, 1], [37, 80, 1])
     assert launched == [False]
     assert kernels.variant == Variant(private=16, shared=0)
 
 
-def test_lengths_grow_on_the_device_between_updates():
+def test_lengths_grow_on_the_device_between_updates() -> None:
     """What a CUDA graph replays: the host plans once, lengths and work list move on the device."""
     spec = AttentionSpec(4, 2, 64, 16, HALF)
     groups = [SharedPrefix(0, 32, (0, 1))]
@@ -115,12 +130,12 @@ def test_lengths_grow_on_the_device_between_updates():
     assert torch.equal(out, planned)
 
 
-def test_a_padding_row_gives_zeros_with_and_without_sinks():
+def test_a_padding_row_gives_zeros_with_and_without_sinks() -> None:
     for sinks in (False, True):
         check(AttentionSpec(4, 2, 64, 16, HALF, sinks=sinks), [1, 1], [0, 20])
 
 
-def test_a_small_workspace_means_fewer_pieces():
+def test_a_small_workspace_means_fewer_pieces() -> None:
     spec = AttentionSpec(2, 1, 64, 16, HALF)
     kernels = check(spec, [1], [900], workspace=1, max_batch=1, max_rows=1)
     assert int(kernels._lists.slots[0]) == 1
@@ -129,12 +144,13 @@ def test_a_small_workspace_means_fewer_pieces():
 
 
 @st.composite
-def ragged_trees(draw):
+def ragged_trees(draw: st.DrawFn) -> Tree:
     """Sequences of 0 to 2 levels of shared blocks, then private keys, block edges included."""
     block = draw(st.sampled_from([16, 32]))
     batch = draw(st.integers(1, 5))
     roots = draw(st.lists(st.integers(0, 1), min_size=batch, max_size=batch))
-    groups, reach = [], [0] * batch
+    groups: list[SharedPrefix] = []
+    reach = [0] * batch
     for root in (0, 1):
         rows = [row for row in range(batch) if roots[row] == root]
         size = draw(st.integers(0, 5)) * block
@@ -155,6 +171,6 @@ def ragged_trees(draw):
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(ragged_trees(), st.sampled_from([(4, 1), (5, 1), (2, 2)]))
 @example((16, [2, 1], [18, 17], [SharedPrefix(0, 16, [0, 1])]), (7, 1))
-def test_any_ragged_tree(tree, heads):
+def test_any_ragged_tree(tree: Tree, heads: tuple[int, int]) -> None:
     block, new, total, groups = tree
-    check(AttentionSpec(*heads, 64, block, HALF), new, total, groups)
+    check(AttentionSpec(heads[0], heads[1], 64, block, HALF), new, total, groups)

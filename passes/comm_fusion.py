@@ -68,7 +68,7 @@ class _Fusion:
         self.limit = bucket_bytes
         self.kind = "residual-norm" if fuse_norm else None
         self.names = Names(graph)
-        self.order = {node.name: i for i, node in enumerate(graph.nodes)}
+        self.order = {node.name: i for i, node in enumerate(_by_step(graph.nodes))}
         self.old: dict[Place, dict[str, AllReduce]] = defaultdict(dict)
         """By place: each row, and the collective that sums it."""
         self.gone = {node.name: node.operands for node in sums}
@@ -186,4 +186,8 @@ class _Fusion:
                 else:
                     nodes.append(node)
         nodes += fused
-        return tuple(sorted(nodes, key=lambda node: -1 if node.step is None else node.step))
+        return _by_step(nodes)
+
+
+def _by_step(nodes: Iterable[IRNode]) -> tuple[IRNode, ...]:
+    return tuple(sorted(nodes, key=lambda node: -1 if node.step is None else node.step))

@@ -45,19 +45,22 @@ def random_batch(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    poison: bool = True,
 ) -> Batch:
     """A batch with N(0, 1) queries, keys and values in scattered pages.
 
-    Slots of the cache that hold no token are NaN, or have NaN scales; block tables end in
-    `NO_PAGE`.
+    With `poison`, slots of the cache that hold no token are NaN, or have NaN scales, and block
+    tables end in `NO_PAGE`.
     """
     torch.manual_seed(seed)
     table, pages = _tables(spec, kv_lens, groups)
-    held = torch.zeros(pages, spec.block_size, dtype=torch.bool)
+    held = torch.full((pages, spec.block_size), not poison)
     for row, length in zip(table, kv_lens, strict=True):
         at = torch.arange(length)
         held[row[at // spec.block_size].long(), at % spec.block_size] = True
     held = held.to(device)
+    if not poison:
+        table[table == NO_PAGE] = 0
     caches, extra = [], dict[str, Any]()
     for name in ("k_scales", "v_scales"):
         shape = (pages, spec.block_size, spec.kv_heads, spec.head_dim)

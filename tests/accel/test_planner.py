@@ -46,7 +46,8 @@ def test_found_groups_are_all_that_rows_share(case: tuple[Ints, Ints]) -> None:
     shared = np.zeros((len(old), len(old)), int)
     for group in groups:
         assert len(group.rows) > 1
-        shared[np.ix_(group.rows, group.rows)] = group.stop
+        rows = np.asarray(group.rows)
+        shared[np.ix_(rows, rows)] = group.stop
     for a in range(len(old)):
         for b in range(a):
             same = table[a] == table[b]

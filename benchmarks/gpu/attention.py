@@ -1,0 +1,164 @@
+"""Prefix-aware attention against other kernels on one GPU.
+
+    python benchmarks/gpu/attention.py [--quick] [--json FILE]   # a CUDA machine
+    python benchmarks/gpu/attention.py --smoke                   # anywhere, by the interpreter
+
+First correctness: random inputs, NaN around whatever must not be read, outputs and workspace
+poisoned. Only when all of it passes, time: CUDA graph replay with a cold L2, median. The table
+has every row, lost ones too. The JSON has the table, the rates of the device, and the measured
+constants of the gate (`Gate(**report["gate"])`).
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if "--smoke" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # Before anything imports triton.
+
+import torch
+from attrs import asdict
+from peers import PEERS, Unsuitable
+from timing import device_rates, seconds
+from workloads import HEADS, Workload, correctness, decode, extend, smoke, trees
+
+from sagellm_ir.runtime.accel import AttentionSpec, Gate, SharedPrefix
+from sagellm_ir.runtime.accel.attention import PrefixAttention
+from sagellm_ir.runtime.accel.selfcheck import Batch, largest_error, random_batch, tolerance
+
+
+def attention(work: Workload, device: str, gate: Gate | None) -> PrefixAttention:
+    return PrefixAttention(
+        work.spec,
+        max_batch=len(work.q_lens),
+        max_rows=sum(work.q_lens),
+        device=device,
+        gate=gate,
+        workspace=256 << 20 if device == "cuda" else 1 << 20,
+    )
+
+
+def check(works: list[Workload], device: str) -> bool:
+    """Print what is wrong; whether nothing is."""
+    good = True
+    for number, work in enumerate(works):
+        batch = random_batch(
+            *(work.spec, work.q_lens, work.kv_lens, work.groups), device=device, seed=number
+        )
+        for groups in (work.groups, ()):
+            batch.groups[:] = groups
+            error = largest_error(attention(work, device, None), batch)
+            if not error < tolerance(work.spec):  # NaN is wrong too.
+                good = False
+                print(f"WRONG by {error:.3g}: {work.name}, {len(groups)} groups")
+    print(f"correctness: {len(works)} batches, {'all right' if good else 'FAILED'}", flush=True)
+    return good
+
+
+def ours(work: Workload, batch: Batch, gate: Gate | None) -> tuple[float, PrefixAttention]:
+    """Seconds of a layer: `schedule` runs once a forward, so it is not part of it."""
+    kernels = attention(work, "cuda", gate)
+    kernels.update(work.q_lens, work.kv_lens, work.groups)
+    kernels.schedule(batch.lengths)
+    out = torch.empty_like(batch.q)
+    tensors = (batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths, out)
+    return seconds(lambda: kernels.run(*tensors, **batch.extra))[0], kernels
+
+
+def measure(work: Workload, gate: Gate, rates: dict[str, float]) -> dict[str, Any]:
+    """One row: ours with the gate, ours without sharing, and every peer."""
+    batch = random_batch(
+        *(work.spec, work.q_lens, work.kv_lens, work.groups), device="cuda", poison=False
+    )
+    time, kernels = ours(work, batch, gate)
+    expected = kernels.run(
+        *(batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths),
+        torch.empty_like(batch.q),
+    )
+    floors = [max(b / rates["bandwidth"], f / rates["flops"]) for b, f in work.phases]
+    row: dict[str, Any] = {"name": work.name, "ours_us": time * 1e6, "phases": work.phases}
+    row |= {"variant": asdict(kernels.variant), "roofline_share": max(floors) / time}
+    plain = Workload(work.name, work.spec, work.q_lens, work.kv_lens, ())
+    row["plain_us"] = ours(plain, batch, gate)[0] * 1e6
+    row["peers"] = {name: peer(name, work.spec, batch, expected) for name in PEERS}
+    times = [found["us"] for found in row["peers"].values() if "us" in found]
+    row["best_peer_us"] = min(times, default=None)
+    return row
+
+
+def peer(name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor) -> dict[str, Any]:
+    """A peer's time and its distance from our result, or why there is none."""
+    try:
+        work = PEERS[name](spec, batch)
+        error = float((work().reshape(expected.shape).float() - expected.float()).abs().max())
+        time, how = seconds(work)
+        return {"us": time * 1e6, "how": how, "difference": error}
+    except (ImportError, Unsuitable) as reason:
+        return {"none": str(reason)}
+    except Exception as error:  # noqa: BLE001 (a peer's failure is a finding)
+        torch.cuda.synchronize()
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def measured_gate(rates: dict[str, float]) -> Gate:
+    """The gate's constants on this device, by four batches made to show one each."""
+    spec = AttentionSpec(32, 8, 128, 64)
+
+    def time(batch: int, prefix: int, gate: Gate | None) -> float:
+        groups = [SharedPrefix(0, prefix, range(batch))]
+        work = Workload("gate", spec, [1] * batch, [prefix + 65] * batch, groups)
+        inputs = random_batch(spec, work.q_lens, work.kv_lens, groups, device="cuda", poison=False)
+        return ours(work, inputs, gate)[0]
+
+    never = Gate(launch=1.0)
+    reread = 64 * 8192 * spec.token_bytes / time(64, 8192, never)
+    flops = 256 * 32768 * 4 * spec.heads * spec.head_dim / time(256, 32768, None)
+    launch = max(time(8, 64, None) - time(8, 64, never), 0.5e-6)
+    return Gate(bandwidth=rates["bandwidth"], reread=reread, flops=flops, launch=launch)
+
+
+def show(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    best = row["best_peer_us"]
+    ratio = f"{row['ours_us'] / best:6.2f}x" if best else "      -"
+    cells = f"{row['ours_us']:9.1f} {row['plain_us']:9.1f} {best or float('nan'):9.1f} {ratio}"
+    peers = " ".join(
+        f"{name}={found['us']:.1f}" for name, found in row["peers"].items() if "us" in found
+    )
+    return f"{row['name']:<58} {cells} {row['roofline_share']:6.0%}  {peers}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="correctness on tiny batches, no GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer rows")
+    parser.add_argument("--heads", choices=HEADS, nargs="*", default=[*HEADS])
+    parser.add_argument("--json", type=Path, default=Path("attention.json"))
+    options = parser.parse_args()
+    if options.smoke:
+        return not check([*smoke()], "cpu")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device; --smoke runs without one")
+    if not check([*correctness()], "cuda"):
+        return 1
+    rates = device_rates()
+    gate = measured_gate(rates)
+    print(f"{torch.cuda.get_device_name()}: {rates}\n{gate}")
+    print(f"{'us a layer':<58} {'ours':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "rates": rates}
+    report |= {"gate": asdict(gate), "torch": torch.__version__, "rows": []}
+    for heads in options.heads:
+        for work in (*decode(heads, options.quick), *trees(heads), *extend(heads, options.quick)):
+            report["rows"].append(measure(work, gate, rates))
+            print(show(report["rows"][-1]), flush=True)
+            options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The rows of the attention benchmark: batches of sequences and what they share."""
+
+from collections.abc import Iterator, Sequence
+
+from attrs import frozen
+
+from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
+
+__all__ = ["HEADS", "Workload", "correctness", "decode", "extend", "smoke", "trees"]
+
+HEADS = {"llama-3-8b": (32, 8), "qwen2.5-7b": (28, 4), "70b-tp8": (8, 1), "mha": (32, 32)}
+"""Query and KV heads; head_dim 128."""
+K = 1024
+
+
+@frozen
+class Workload:
+    """A row of the table."""
+
+    name: str
+    spec: AttentionSpec
+    q_lens: Sequence[int]
+    kv_lens: Sequence[int]
+    groups: Sequence[SharedPrefix]
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of a head."""
+        return sum(
+            new * total - new * (new - 1) // 2
+            for new, total in zip(self.q_lens, self.kv_lens, strict=True)
+        )
+
+    @property
+    def phases(self) -> list[tuple[float, float]]:
+        """(bytes, FLOPs) of the shared and of the private keys, each key read once."""
+        spec = self.spec
+        shared_keys = sum(group.stop - group.start for group in self.groups)
+        shared_pairs = sum(
+            (group.stop - group.start) * self.q_lens[row]
+            for group in self.groups
+            for row in group.rows
+        )
+        reach = [0] * len(self.q_lens)
+        for group in self.groups:
+            for row in group.rows:
+                reach[row] = max(reach[row], group.stop)
+        private = sum(self.kv_lens) - sum(reach)
+        rows = 2 * sum(self.q_lens) * spec.heads * spec.head_dim * spec.dtype.itemsize
+        flops = 4.0 * spec.heads * spec.head_dim
+        return [
+            (shared_keys * spec.token_bytes, shared_pairs * flops),
+            (private * spec.token_bytes + rows, (self.pairs - shared_pairs) * flops),
+        ]
+
+
+def _one_prefix(
+    name: str, spec: AttentionSpec, prefix: int, batch: int, suffix: int, new: int = 1
+) -> Workload:
+    groups = [SharedPrefix(0, prefix, range(batch))] if prefix and batch > 1 else []
+    return Workload(name, spec, [new] * batch, [prefix + suffix + new] * batch, groups)
+
+
+def decode(heads: str, quick: bool) -> Iterator[Workload]:
+    """One prefix for all, one new token each."""
+    spec = AttentionSpec(*HEADS[heads], 128, 64)
+    prefixes = (0, 4 * K, 32 * K) if quick else (0, K, 4 * K, 16 * K, 32 * K, 128 * K)
+    for prefix in prefixes:
+        for batch in (8, 64) if quick else (1, 8, 32, 64, 256):
+            for suffix in (128, K) if quick else (0, 128, K, 2 * K):
+                if prefix or suffix:
+                    name = f"{heads} decode P={prefix} B={batch} S={suffix}"
+                    yield _one_prefix(name, spec, prefix, batch, suffix)
+
+
+def trees(heads: str) -> Iterator[Workload]:
+    """Several levels, several groups of different size, parallel sampling."""
+    spec = AttentionSpec(*HEADS[heads], 128, 64)
+    level = [SharedPrefix(0, 4 * K, range(64))]
+    level += [SharedPrefix(4 * K, 12 * K, range(at, at + 8)) for at in range(0, 64, 8)]
+    kv_lens = [12 * K + 200 + row for row in range(64)]
+    yield Workload(
+        f"{heads} few-shot 4K + 8 documents 8K + question", spec, [1] * 64, kv_lens, level
+    )
+    sampling = [SharedPrefix(0, 2 * K, range(at, at + 16)) for at in range(0, 128, 16)]
+    yield Workload(
+        f"{heads} 8 prompts x 16 samples", spec, [1] * 128, [2 * K + 500] * 128, sampling
+    )
+    sizes, at, mixed = (3, 5, 8, 17, 31), 0, []
+    for size in sizes:
+        mixed.append(SharedPrefix(0, size * K, range(at, at + size)))
+        at += size
+    kv_lens = [size * K + 77 for size in sizes for _ in range(size)] + [3000] * 8
+    yield Workload(f"{heads} 5 groups of 3 to 31, 8 alone", spec, [1] * (at + 8), kv_lens, mixed)
+
+
+def extend(heads: str, quick: bool) -> Iterator[Workload]:
+    """New tokens on a cached prefix; 4 are a draft to be verified."""
+    spec = AttentionSpec(*HEADS[heads], 128, 64)
+    for prefix in (8 * K,) if quick else (8 * K, 32 * K):
+        for new in (4, 128) if quick else (4, 16, 64, 128, 512):
+            for batch in (8,) if quick else (1, 8, 32):
+                name = f"{heads} extend P={prefix} B={batch} T={new}"
+                yield _one_prefix(name, spec, prefix, batch, 0, new)
+
+
+def correctness() -> Iterator[Workload]:
+    """Every tile, block size and cache format; ragged lengths, two levels, an empty row."""
+    for head_dim in (64, 80, 96, 128, 256):
+        for block in (16, 32, 64):
+            for kv in ("native", "int8", "fp8"):
+                for heads, new in (((28, 4), 1), ((32, 8), 4), ((8, 1), 1), ((4, 4), 40)):
+                    spec = AttentionSpec(*heads, head_dim, block, kv=kv)
+                    yield _ragged(spec, new, 24, 1024)
+    for extras in ({"window": 300}, {"softcap": 20.0}, {"sinks": True}):
+        spec = AttentionSpec(28, 4, 128, 64, **extras)
+        yield _ragged(spec, 1, 24, 1024)
+        yield _ragged(spec, 7, 5, 1024)
+
+
+def smoke() -> Iterator[Workload]:
+    """Small enough for the interpreter."""
+    yield _ragged(AttentionSpec(7, 1, 64, 16), 1, 5, 64)
+    yield _ragged(AttentionSpec(2, 2, 64, 64, kv="int8"), 3, 3, 64)
+
+
+def _ragged(spec: AttentionSpec, new: int, batch: int, prefix: int) -> Workload:
+    """A prefix of all but two rows, another below it for some, and one row without keys."""
+    q_lens = [new + row % 3 if new > 1 else 1 for row in range(batch)]
+    kv_lens = [2 * prefix + 37 * row + q_lens[row] for row in range(batch)]
+    kv_lens[-1], q_lens[-1] = 0, 1
+    groups = [SharedPrefix(0, prefix, range(batch - 2))]
+    groups.append(SharedPrefix(prefix, 2 * prefix, range(0, batch - 2, 2)))
+    return Workload(f"ragged {spec}", spec, q_lens, kv_lens, groups)

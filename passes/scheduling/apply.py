@@ -1,6 +1,7 @@
 """A timeline -> the scheduled graph."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin, Prefill
@@ -84,16 +85,18 @@ def _cut(
     for number, piece in enumerate([*pieces, Piece(node.stop, step, until)]):
         last = number == len(pieces)
         name = node.name if last else names.fresh(f"{node.name}.{number}")
-        part = node.replace(
-            name=name,
-            start=start,
-            stop=piece.stop,
-            operands=operands,
-            after=after,
-            step=piece.step,
-            origin=node.origin if last else Origin(BY, (node.name,)),
-        )
-        chain.append(part.replace(until=piece.until) if isinstance(part, Decode) else part)
+        origin = node.origin if last else Origin(BY, (node.name,))
+        common: dict[str, Any] = {
+            "operands": operands,
+            "after": after,
+            "step": piece.step,
+            "worker": node.worker,
+            "loc": node.loc,
+            "origin": origin,
+        }
+        if isinstance(node, Decode):
+            common["until"] = piece.until
+        chain.append(type(node)(name, node.request, start, piece.stop, **common))
         operands, after, start = (name,), (), piece.stop
     return chain
 

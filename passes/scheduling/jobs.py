@@ -2,7 +2,7 @@
 
 from attrs import define, field
 
-from sagellm_ir.passes.scheduling.problem import MOVE, Key, Problem
+from sagellm_ir.passes.scheduling.problem import MOVE, Problem
 
 __all__ = ["Job", "Jobs"]
 
@@ -16,7 +16,8 @@ class Job:
 
     request: int
     worker: int
-    key: Key
+    rank: int
+    """Its request's place in the order of admission."""
     nodes: list[int] = field(factory=list)
     """In order; empty while the request waits unopened."""
     left: int = 0
@@ -24,6 +25,8 @@ class Job:
     copies: int = 0
     """Copies to other workers that have not been made: until then its KV stays."""
     admitted: bool = False
+    active: bool = False
+    """Whether it is admitted, and has nodes left."""
 
 
 class Jobs:
@@ -38,6 +41,7 @@ class Jobs:
         """Jobs by the node they wait for."""
         self._pins = [0] * len(problem.kind)
         self._many = len(problem.graph.target.workers) > 1
+        self._moves = MOVE in problem.kind
 
     def crosses(self, node: int, user: int) -> bool:
         """Whether an edge leads to another worker."""
@@ -45,19 +49,25 @@ class Jobs:
 
     def open(self, waiting: Job) -> list[Job]:
         """Claims for a request that waited unopened: one job for each stay on a worker."""
+        claimed = self._claim(waiting.request)
+        if not self._many:
+            waiting.nodes = claimed
+            waiting.left = len(claimed)
+            for node in claimed:
+                self.of[node] = waiting
+            return [waiting] if claimed else []
         worker = self.problem.worker
         level: dict[int, int] = {}
         jobs: dict[tuple[int, int], Job] = {}
-        for node in self._claim(waiting.request):
+        for node in claimed:
             depth = 0
-            if self._many:
-                for read in self.problem.operands[node]:
-                    if read in level:
-                        depth = max(depth, level[read] + self.crosses(read, node))
-                level[node] = depth
+            for read in self.problem.operands[node]:
+                if read in level:
+                    depth = max(depth, level[read] + self.crosses(read, node))
+            level[node] = depth
             job = jobs.get((depth, worker[node]))
             if job is None:
-                job = Job(waiting.request, worker[node], waiting.key)
+                job = Job(waiting.request, worker[node], waiting.rank)
                 jobs[depth, worker[node]] = job
             self._join(job, node)
         return list(jobs.values())
@@ -118,22 +128,23 @@ class Jobs:
             self.parked.setdefault(blocker, []).append(job)
         return blocker is not None
 
-    def finish(self, node: int) -> list[Job]:
+    def finish(self, node: int) -> tuple[Job, ...]:
         """Marks a node as finished; returns its job, and those whose KV it copied from another
         worker."""
         self.finished[node] = 1
         own = self.of[node]
         assert own is not None, "a node runs only after a job has claimed it"
         own.left -= 1
+        if not self._many:
+            return (own,)
         touched = [own]
-        if self._many:
-            for read in self.problem.operands[node]:
-                if self.crosses(read, node):
-                    other = self.of[read]
-                    assert other is not None, "it has run"
-                    other.copies -= 1
-                    touched.append(other)
-        return list(dict.fromkeys(touched))
+        for read in self.problem.operands[node]:
+            if self.crosses(read, node):
+                other = self.of[read]
+                assert other is not None, "it has run"
+                other.copies -= 1
+                touched.append(other)
+        return tuple(dict.fromkeys(touched))
 
     def scatter(self) -> list[Job]:
         """Breaks up parked jobs that wait for each other into single nodes.
@@ -147,7 +158,7 @@ class Jobs:
         singles: list[Job] = []
         for job in parked:
             for node in job.nodes:
-                single = Job(job.request, job.worker, job.key)
+                single = Job(job.request, job.worker, job.rank)
                 self._join(single, node)
                 singles.append(single)
         return singles
@@ -187,6 +198,8 @@ class Jobs:
     def _held(self, job: Job) -> list[int]:
         """The job's nodes, and what its moves copy from on its own worker."""
         problem = self.problem
+        if not self._moves:
+            return job.nodes
         sources = [
             read
             for node in job.nodes

@@ -18,12 +18,9 @@ from sagellm_ir.nodes import (
 )
 from sagellm_ir.target import DEVICE
 
-__all__ = ["COLLECTIVE", "DECODE", "MOVE", "PREFILL", "Key", "Problem", "flatten"]
+__all__ = ["COLLECTIVE", "DECODE", "MOVE", "PREFILL", "Problem", "flatten"]
 
 PREFILL, DECODE, MOVE, COLLECTIVE = range(4)
-
-Key = tuple[float, float, int, float, int]
-"""Order of admission: minus priority, deadline, place in the prefix forest, arrival, position."""
 
 
 @frozen
@@ -58,8 +55,8 @@ class Problem:
     """The request a node belongs to."""
     owned: list[list[int]]
     """By request: its nodes, in order."""
-    keys: list[Key]
-    """By request."""
+    rank: list[int]
+    """By request: its place in the order of admission."""
 
     def transfer(self, node: int, cost: CostModel) -> float:
         """Seconds of a move."""
@@ -127,7 +124,7 @@ def flatten(graph: IRGraph) -> Problem:
         instant=instant,
         owner=owner,
         owned=owned,
-        keys=_keys(graph, operands, users, owned),
+        rank=_ranks(graph, users, operands, owned),
     )
 
 
@@ -174,32 +171,35 @@ def _blocks(node: IRNode, block_size: int) -> int:
     return 0
 
 
-def _keys(
-    graph: IRGraph, operands: list[list[int]], users: list[list[int]], owned: list[list[int]]
-) -> list[Key]:
-    """Within a priority and a deadline, requests go in depth-first order of the prefix forest.
+def _ranks(
+    graph: IRGraph, users: list[list[int]], operands: list[list[int]], owned: list[list[int]]
+) -> list[int]:
+    """Larger priority first, then earlier deadline, then depth-first order of the prefix forest,
+    then arrival, then position.
 
     What shares a prefix then runs together, and the prefix is live once and for a short time.
     """
-    order = [0] * len(users)
-    visited = bytearray(len(users))
-    rank = 0
+    order = [-1] * len(users)
+    count = 0
     for root, reads in enumerate(operands):
         stack = [] if reads else [root]
         while stack:
             node = stack.pop()
-            if not visited[node]:
-                visited[node] = 1
-                order[node] = rank
-                rank += 1
-                stack += reversed(users[node])
-    return [
+            if order[node] < 0:
+                order[node] = count
+                count += 1
+                stack += users[node][::-1]
+    keys = [
         (
-            -float(request.priority),
+            -request.priority,
             math.inf if request.deadline is None else request.deadline,
-            order[owned[i][-1]] if owned[i] else 0,
+            order[nodes[-1]] if nodes else 0,
             request.arrival,
             i,
         )
-        for i, request in enumerate(graph.requests)
+        for i, (request, nodes) in enumerate(zip(graph.requests, owned, strict=True))
     ]
+    rank = [0] * len(keys)
+    for place, key in enumerate(sorted(keys)):
+        rank[key[-1]] = place
+    return rank

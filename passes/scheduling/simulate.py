@@ -16,7 +16,7 @@ from attrs import define, field
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.passes.scheduling.jobs import Job, Jobs
-from sagellm_ir.passes.scheduling.problem import MOVE, PREFILL, Key, Problem
+from sagellm_ir.passes.scheduling.problem import MOVE, PREFILL, Problem
 from sagellm_ir.passes.scheduling.timeline import Limit, Piece, Timeline
 from sagellm_ir.target import DEVICE
 
@@ -40,15 +40,15 @@ class WorkerState:
     """Heap of decode rows: the value of `forwards` at which a row ends, its node."""
     context: int = 0
     """KV tokens that the decode rows attend to, summed."""
-    ready: list[tuple[Key, int]] = field(factory=list)
+    ready: list[tuple[int, int]] = field(factory=list)
     """Heap of prefills whose operands are there."""
     moves: list[int] = field(factory=list)
     """Moves to make in the next step."""
     decodes: list[int] = field(factory=list)
     """Decodes to start in the next step that runs decodes."""
-    queue: list[tuple[Key, int, Job]] = field(factory=list)
+    queue: list[tuple[int, int, Job]] = field(factory=list)
     """Heap of jobs that wait for admission; the number makes entries comparable."""
-    inbox: list[tuple[float, Key, int, Job]] = field(factory=list)
+    inbox: list[tuple[float, int, int, Job]] = field(factory=list)
     """Heap of jobs that join the queue at a later time."""
     pinned: int = 0
     """Device blocks that admitted jobs hold or will grow to."""
@@ -114,7 +114,7 @@ class _Simulation:
             len(reads) + len(waits)
             for reads, waits in zip(problem.operands, problem.waits, strict=True)
         ]
-        count, requests = len(problem.kind), len(problem.keys)
+        count, requests = len(problem.kind), len(problem.rank)
         self.fill = fill
         self.jobs = Jobs(problem)
         self.start = problem.start.copy()
@@ -126,11 +126,22 @@ class _Simulation:
         """By request: the last step in which it had a seat."""
         self.workers = [WorkerState() for _ in target.workers]
         self.posted = 0
+        self.by_rank = sorted(range(requests), key=problem.rank.__getitem__)
         self._check_sizes()
-        for i, owned in enumerate(problem.owned):
-            if owned:
-                arrival = problem.graph.requests[i].arrival if arrivals else 0.0
-                self._post(Job(i, problem.worker[owned[0]], problem.keys[i]), arrival)
+        self._open_doors(arrivals)
+
+    def _open_doors(self, arrivals: bool) -> None:
+        """Requests wait at the worker of their first node, as jobs without nodes."""
+        problem, timeline = self.problem, self.timeline
+        for i in self.by_rank:  # in order: so the queues are heaps
+            if not problem.owned[i]:
+                continue
+            job = Job(i, problem.worker[problem.owned[i][0]], problem.rank[i])
+            if arrivals:
+                self._post(job, problem.graph.requests[i].arrival)
+            else:
+                self.workers[job.worker].queue.append((job.rank, 0, job))
+                timeline.ready[i] = timeline.queued[i] = 0
 
     def _check_sizes(self) -> None:
         most = self.target.max_tokens
@@ -179,7 +190,7 @@ class _Simulation:
 
     def _post(self, job: Job, time: float) -> None:
         self.posted += 1
-        heappush(self.workers[job.worker].inbox, (time, job.key, self.posted, job))
+        heappush(self.workers[job.worker].inbox, (time, job.rank, self.posted, job))
 
     def _route(self, job: Job, time: float) -> None:
         if not self.jobs.park(job):
@@ -190,8 +201,8 @@ class _Simulation:
         head = state.queue[0] if state.queue else None
         ready = self.timeline.ready
         while state.inbox and state.inbox[0][0] <= state.now:
-            _, key, number, job = heappop(state.inbox)
-            heappush(state.queue, (key, number, job))
+            _, rank, number, job = heappop(state.inbox)
+            heappush(state.queue, (rank, number, job))
             state.changes += 1
             if ready[job.request] < 0:
                 ready[job.request] = len(self.timeline.loops)
@@ -203,12 +214,15 @@ class _Simulation:
         """Takes the head of the queue in, or says in `state.stuck` why not."""
         _, _, job = state.queue[0]
         if not job.nodes:
-            heappop(state.queue)
             self.timeline.opened[job.request] = len(self.timeline.loops)
-            for part in self.jobs.open(job):
-                self._route(part, state.now)
-            self._receive(state)
-            return
+            parts = self.jobs.open(job)
+            if parts != [job] or self.jobs.park(job):
+                heappop(state.queue)
+                for part in parts:
+                    if part is not job:
+                        self._route(part, state.now)
+                self._receive(state)
+                return
         if state.active >= self.max_rows:
             state.stuck = Limit.BATCH
             return
@@ -222,7 +236,7 @@ class _Simulation:
         heappop(state.queue)
         state.pinned += needed
         state.active += 1
-        job.admitted = True
+        job.admitted = job.active = True
         if self.timeline.admitted[job.request] < 0:
             self.timeline.admitted[job.request] = len(self.timeline.loops)
         for node in [node for node in job.nodes if not self.missing[node]]:
@@ -321,7 +335,7 @@ class _Simulation:
         """What kept more work out of the step, and whose work that is."""
         if state.ready and (passed or state.room <= 0 or state.seats <= 0):
             why = Limit.BATCH if state.seats <= 0 and not passed else Limit.TOKENS
-            return why, state.ready[0][0][-1]
+            return why, self.by_rank[state.ready[0][0]]
         if state.queue:
             return state.stuck or Limit.TOKENS, state.queue[0][2].request
         return None, -1
@@ -333,7 +347,7 @@ class _Simulation:
         if kind == PREFILL:
             job = self.jobs.of[node]
             assert job is not None
-            heappush(state.ready, (job.key, node))
+            heappush(state.ready, (job.rank, node))
         elif kind == MOVE:
             if state.open and self._settled(node):
                 self._move(state, node)
@@ -356,14 +370,12 @@ class _Simulation:
 
     def _release(self, state: WorkerState, node: int) -> None:
         """The value is there: users on this worker that waited only for it are ready."""
-        jobs, missing = self.jobs, self.missing
+        missing, job_of, worker = self.missing, self.jobs.of, self.problem.worker
         for user in self.problem.users[node]:
-            if not jobs.crosses(node, user):
+            if worker[user] == worker[node]:
                 missing[user] -= 1
-                if not missing[user]:
-                    maker = jobs.of[user]
-                    if maker is not None and maker.admitted:
-                        self._ready(state, user)
+                if not missing[user] and (job := job_of[user]) is not None and job.admitted:
+                    self._ready(state, user)
 
     def _move(self, state: WorkerState, node: int) -> None:
         self._place(node)
@@ -398,7 +410,7 @@ class _Simulation:
     def _fill(self, state: WorkerState) -> bool:
         """Issues prefills and admits jobs while the step has room; True if any did not fit."""
         ready, queue = state.ready, state.queue
-        passed: list[tuple[Key, int]] = []
+        passed: list[tuple[int, int]] = []
         while state.room > 0 and len(passed) < LOOKAHEAD:
             if queue and state.stuck is None and not (ready and ready[0][0] < queue[0][0]):
                 self._admit(state)
@@ -486,7 +498,8 @@ class _Simulation:
         done, state.done = state.done, []
         for node in done:
             self._finish(state, node)
-        self._receive(state)
+        if state.inbox:
+            self._receive(state)
 
     def _price(self, state: WorkerState, rows: int) -> tuple[int, float]:
         """Forwards of the step and its seconds."""
@@ -506,23 +519,30 @@ class _Simulation:
 
     def _finish(self, state: WorkerState, node: int) -> None:
         """The step of a node is over: its job may end, and what waited for it may go on."""
-        own, *others = self.jobs.finish(node)
-        if not own.left:
-            state.active -= 1
-            state.changes += 1
-            state.stuck = None
-        for job in (own, *others):
-            if not job.left and not job.copies:
-                home = self.workers[job.worker]
+        for job in self.jobs.finish(node):
+            if job.left:
+                continue
+            home = self.workers[job.worker]
+            if job.active:
+                job.active = False
+                home.active -= 1
+                home.changes += 1
+                home.stuck = None
+            if not job.copies:
                 home.pinned -= self.jobs.unpin(job)
                 home.stuck = None
         if len(self.workers) > 1:
             for user in self.problem.users[node]:
                 self.missing[user] -= self.jobs.crosses(node, user)
-        for follower in self.problem.followers.get(node, ()):
+        if node in self.problem.followers:
+            self._follow(node)
+        if node in self.jobs.parked:
+            for job in self.jobs.parked.pop(node):
+                self._route(job, state.now)
+
+    def _follow(self, node: int) -> None:
+        for follower in self.problem.followers[node]:
             self.missing[follower] -= 1
-            maker = self.jobs.of[follower]
-            if not self.missing[follower] and maker is not None and maker.admitted:
-                self._ready(self.workers[maker.worker], follower)
-        for job in self.jobs.parked.pop(node, ()):
-            self._route(job, state.now)
+            job = self.jobs.of[follower]
+            if not self.missing[follower] and job is not None and job.admitted:
+                self._ready(self.workers[job.worker], follower)

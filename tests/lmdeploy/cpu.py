@@ -131,6 +131,7 @@ class FakeExecutor:
         self.device = np.full((cache_config.num_gpu_blocks, cache_config.block_size), -1)
         self.host = np.full((cache_config.num_cpu_blocks, cache_config.block_size), -1)
         self.trace: list[dict[str, Any]] = []
+        self.on_forward: Callable[[], None] = lambda: None
         self.inputs: asyncio.Queue[Any] = asyncio.Queue()
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -158,6 +159,7 @@ class FakeExecutor:
                 "swaps": [dict(inputs["swap_in_map"]), dict(inputs["swap_out_map"])],
             }
         )
+        self.on_forward()
         self.inputs.put_nowait(inputs)
         await asyncio.sleep(0)
 

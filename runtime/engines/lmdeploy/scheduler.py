@@ -16,7 +16,7 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep
+from sagellm_ir.lowering.plan import Bind, KVMove, PlanStep
 from sagellm_ir.runtime.backend import EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
@@ -26,6 +26,9 @@ from sagellm_ir.target import DEVICE
 __all__ = ["PlanDriver"]
 
 logger = logging.getLogger(__name__)
+
+_MOVES_ONLY = 8
+"""Steps without rows that a source may give in a row before LMDeploy schedules one itself."""
 
 
 class PlanDriver:
@@ -75,9 +78,18 @@ class PlanDriver:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
         if self._is_in_flight():
             return False
-        if not self._todo:
-            self._todo.extend(self._ask())
-        return bool(self._todo[0].prefill) if self._todo else None
+        for _ in range(_MOVES_ONLY):
+            if not self._todo:
+                self._todo.extend(self._ask())
+            if not self._todo:
+                return None
+            if self._must_wait(self._todo[0]):
+                return False
+            self._todo.extendleft(reversed(self._parts(self._todo.popleft())))
+            if self._named(self._todo[0]):
+                return bool(self._todo[0].prefill)
+            self._move(self._todo.popleft())
+        return None
 
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         """The next step. Empty while it must wait for the one in flight."""
@@ -95,34 +107,51 @@ class PlanDriver:
     # Steps.
 
     def _ask(self) -> list[PlanStep]:
-        """The source's next step, as one step for the prefills and one for the decodes of it."""
         try:
             step = self.source.next_step(self.view())
         except Exception:
             logger.exception("the plan source failed; LMDeploy schedules this step")
             self.rejected.append("the source failed")
             return []
-        if step is None:
-            return []
-        if step.prefill and step.decode:  # LMDeploy never mixes the two
-            return [evolve(step, decode=(), groups=()), evolve(step, prefill=(), kv=(), binds=())]
-        return [step]
+        return [] if step is None else [step]
+
+    def _parts(self, step: PlanStep) -> list[PlanStep]:
+        """A step as LMDeploy can run it, which never mixes: its prefills, then its decodes.
+
+        A chunk of a request that decodes already (an online plan counts its answer as prompt) is a
+        decode of one token, or nothing when it would recompute what LMDeploy never dropped. Requests
+        that ended early are left out.
+        """
+        chunks, decode = [], []
+        for chunk in step.prefill:
+            seq = self._sequence(chunk.request)
+            if self._is_over(chunk.request):
+                continue
+            if seq is None or seq.status != MessageStatus.RUNNING:
+                chunks.append(chunk)
+            elif chunk.stop >= seq.num_all_ids:
+                decode.append(chunk.request)
+        decode += [name for name in step.decode if not self._is_over(name)]
+        if chunks and decode:
+            first = evolve(step, prefill=tuple(chunks), decode=(), groups=())
+            return [first, evolve(step, prefill=(), kv=(), decode=tuple(decode), loops=1)]
+        loops = 1 if step.prefill else step.loops
+        return [evolve(step, prefill=tuple(chunks), decode=tuple(decode), loops=loops)]
 
     def _planned(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput | None:
         step = self._todo[0]
+        if self._must_wait(step):
+            return _output([])
         if is_prefill != bool(step.prefill):
             # A planned prefill admitted nobody, and the engine asks for a decode instead.
             self._todo.popleft()
             return None
-        if self._must_wait(step):
-            return _output([])
         self._todo.popleft()
         if problem := self._problem(step, prealloc_size):
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
-        for item in step.kv:
-            self._move(item)
+        self._move(step)
         seqs = {name: self._sequence(name) for name in self._named(step)}
         if is_prefill:
             ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
@@ -143,12 +172,13 @@ class PlanDriver:
         """Whether a request of the step is in flight or has not arrived, or its moves are not safe."""
         if step.kv and self.scheduler.num_locked():
             return True
-        seqs = [
-            self._sequence(name)
-            for name in self._named(step)
-            if self.names.session(name) is not None
-        ]
-        return any(seq is None or seq.status == MessageStatus.LOCKED for seq in seqs)
+        for name in self._named(step):
+            seq = self._sequence(name)
+            if seq is not None and seq.status == MessageStatus.LOCKED:
+                return True
+            if seq is None and self.names.session(name) is not None and not self._is_over(name):
+                return True
+        return False
 
     def _problem(self, step: PlanStep, prealloc_size: int) -> str:
         """What is wrong with a step, or nothing."""
@@ -188,6 +218,9 @@ class PlanDriver:
     def _sequence(self, name: str) -> Any:
         return self.names.sequence(self.scheduler, name)
 
+    def _is_over(self, name: str) -> bool:
+        return self.names.is_over(self.scheduler, name)
+
     # KV, by the plan's names of blocks.
 
     def _bind(self, binds: Iterable[Bind]) -> None:
@@ -198,24 +231,27 @@ class PlanDriver:
                 {(DEVICE, b): own for b, own in zip(bind.blocks, table, strict=False)}
             )
 
-    def _move(self, item: KVMove | KVFree) -> None:
-        """Moves change where blocks are; what a plan frees becomes the first victim."""
-        if isinstance(item, KVFree):
-            own = [self._block_of.pop((item.tier, block), None) for block in item.blocks]
+    def _move(self, step: PlanStep) -> None:
+        """Do a step's moves. What it frees becomes the first victim: LMDeploy frees when it must."""
+        for item in step.kv:
+            if isinstance(item, KVMove):
+                self._move_blocks(item)
+                continue
+            own = (self._block_of.pop((item.tier, block), None) for block in item.blocks)
             self.kv.expendable.update(block for block in own if block is not None)
-            return
+
+    def _move_blocks(self, move: KVMove) -> None:
         pairs = [
-            (self._block_of.pop((item.from_tier, src)), dst)
-            for src, dst in zip(item.src, item.dst, strict=True)
-            if (item.from_tier, src) in self._block_of
+            (self._block_of.pop((move.from_tier, src)), dst)
+            for src, dst in zip(move.src, move.dst, strict=True)
+            if (move.from_tier, src) in self._block_of
         ]
-        self._block_of.update({(item.to_tier, dst): own for own, dst in pairs})
-        alive = [own for own, _ in pairs if self._is_held(own)]
-        if item.to_tier == DEVICE:
-            if self.kv.make_room(len(alive)):
-                self.kv.restore(alive)
-        else:
-            self.kv.spill(alive)
+        self._block_of.update({(move.to_tier, dst): own for own, dst in pairs})
+        held = [own for own, _ in pairs if self._is_held(own)]
+        if move.to_tier != DEVICE:
+            self.kv.spill(held)
+        elif self.kv.make_room(len(held)):
+            self.kv.restore(held)
 
     def _is_held(self, block: int) -> bool:
         return bool(self.kv.blocks.allocator.get_ref_count(np.array([block]))[0] > 0)

@@ -1,5 +1,6 @@
 """Requests of LMDeploy's scheduler under the names that plans use, and the `EngineView` of its state."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ from sagellm_ir.target import DEVICE, HOST
 
 __all__ = ["Names", "view_of"]
 
+_UNNAMED = re.compile(r"session-(\d+)-\d+")
+ENDED = ("STOPPED", "ABORTED", "TO_BE_MIGRATED")
 WORKER = "w0"
 """One LMDeploy engine is one worker."""
 
@@ -15,12 +18,14 @@ WORKER = "w0"
 class Names:
     """Request ids by session id and back. LMDeploy holds one sequence a session.
 
-    Requests that reached LMDeploy without us (its own server) are named `session-N`.
+    Turns of sessions that were not named (they reached LMDeploy through its own server) are
+    `session-N-P`: P is where in the conversation the turn's answer starts.
     """
 
     def __init__(self) -> None:
         self._request: dict[int, str] = {}
         self._session: dict[str, int] = {}
+        self._arrived: set[str] = set()
 
     def add(self, request: str, session: int) -> None:
         """Name a session, before its request reaches the scheduler."""
@@ -32,22 +37,36 @@ class Names:
         session = self._session.pop(request, None)
         if session is not None:
             self._request.pop(session, None)
+            self._arrived.discard(request)
 
-    def request(self, session: int) -> str:
-        """The request id of a session."""
-        return self._request.get(session, f"session-{session}")
+    def request(self, seq: Any) -> str:
+        """The request id of a sequence."""
+        session = seq.session_id
+        return self._request.get(session, f"session-{session}-{seq.output_start_pos}")
 
     def session(self, request: str) -> int | None:
         """The session of a request, or None for a name that was never given."""
         if request in self._session:
             return self._session[request]
-        number = request.removeprefix("session-")
-        return int(number) if number != request and number.isdecimal() else None
+        match = _UNNAMED.fullmatch(request)
+        return int(match.group(1)) if match else None
 
     def sequence(self, scheduler: Any, request: str) -> Any:
         """The sequence of a request; None while it has not reached the scheduler, or when it left."""
         session = scheduler.sessions.get(self.session(request))
-        return None if session is None else next(iter(session.sequences.values()), None)
+        seq = None if session is None else next(iter(session.sequences.values()), None)
+        if seq is None or self.request(seq) != request:
+            return None
+        if request in self._session:
+            self._arrived.add(request)
+        return seq
+
+    def is_over(self, scheduler: Any, request: str) -> bool:
+        """Whether a request has ended, or left the scheduler."""
+        seq = self.sequence(scheduler, request)
+        if seq is not None:
+            return seq.status.name in ENDED
+        return request in self._arrived or bool(_UNNAMED.fullmatch(request))
 
 
 def view_of(scheduler: Any, names: Names) -> EngineView:
@@ -58,7 +77,7 @@ def view_of(scheduler: Any, names: Names) -> EngineView:
         if status == "LOCKED":
             continue
         seen = _request_view(request, seq, "stop" if status == "STOPPED" else None)
-        if status in ("STOPPED", "ABORTED", "TO_BE_MIGRATED"):
+        if status in ENDED:
             finished.append(seen)
         elif status == "WAITING" and seen.computed == 0:
             waiting.append((seq.arrive_time, seen))
@@ -76,9 +95,9 @@ def view_of(scheduler: Any, names: Names) -> EngineView:
 
 
 def _sequences(scheduler: Any, names: Names) -> Iterator[tuple[str, Any]]:
-    for session_id, session in scheduler.sessions.items():
+    for session in scheduler.sessions.values():
         for seq in session.sequences.values():
-            yield names.request(session_id), seq
+            yield names.request(seq), seq
 
 
 def _request_view(request: str, seq: Any, finish: Finish | None) -> RequestView:

@@ -104,9 +104,9 @@ class _Emitter:
         extras: list[Extra] = []
         for value, away in batch.values:
             prefix = self.live.prefix[value]
-            made = self._returned(value, away, readers.get(value), value in starts)
+            made = self._returned(batch.step, value, away, readers.get(value), value in starts)
             if value in stay:
-                self.out[batch.step] += [new.replace(step=batch.step) for new in made]
+                self.out[batch.step] += made
                 continue
             first = at.get(prefix, 0)
             if prefix in at and away.store >= 0 and self.computed[prefix]:
@@ -163,7 +163,7 @@ class _Emitter:
             value = self.live.prefix[value]
 
     def _returned(
-        self, value: int, away: Away, reader: str | None, unstarted: bool
+        self, step: int, value: int, away: Away, reader: str | None, unstarted: bool
     ) -> list[IRNode]:
         """The nodes that bring a value back. A fetch from the device's cache that has not run
         yet keeps its name: it was only planned."""
@@ -179,21 +179,35 @@ class _Emitter:
         self.now[value] = name
         self.computed[value] = away.store < 0
         after = node.after if unstarted else ()
-        kind = KVFetch if away.store >= 0 else Prefill
-        made: KVNode = kind(
+        origin = Origin(BY, (node.name,))
+        if away.store >= 0:
+            return [
+                KVFetch(
+                    name,
+                    node.request,
+                    node.start,
+                    node.stop,
+                    operands=operands,
+                    after=after,
+                    step=step,
+                    worker=node.worker,
+                    loc=node.loc,
+                    origin=origin,
+                    src=tier,
+                )
+            ]
+        made = Prefill(
             name,
-            node.request if kind is KVFetch or reader is None else reader,
+            node.request if reader is None else reader,
             node.start,
             node.stop,
             operands=operands,
             after=after,
+            step=step,
             worker=node.worker,
             loc=node.loc,
-            origin=Origin(BY, (node.name,)),
+            origin=origin,
         )
-        if isinstance(made, KVFetch):
-            return [made.replace(src=tier)]
-        assert isinstance(made, Prefill)
         return self._chunks(made)
 
     def _prefix(self, value: int) -> tuple[str, ...]:
@@ -229,7 +243,8 @@ class _Emitter:
         return [new for part in parts for new in (part, self._sum(part))]
 
     def _sum(self, node: IRNode) -> AllReduce:
-        return collective(node, self.target, self.names.fresh(f"{node.name}.sum"))
+        made = collective(node, self.target, self.names.fresh(f"{node.name}.sum"))
+        return made.replace(step=node.step)
 
     def _into(self, extras: list[Extra], first: int, node: IRNode) -> int:
         """Puts a node into the first extra step, from `first` on, that has room for it."""

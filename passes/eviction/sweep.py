@@ -72,7 +72,12 @@ class Sweep:
         """Resident values that build on each."""
         self.active = [0] * count
         """Running nodes, and active values that build on each."""
-        self.entries: dict[int, Entry] = {}
+        self.inserted = [0] * count
+        """The step in which each took its place, last."""
+        self.used = [0] * count
+        """The last step in which each was active."""
+        self.count = [0] * count
+        """How often each became active since it took its place."""
         self.away: dict[int, Away] = {}
         forward = [isinstance(node, Prefill | Decode) for node in live.graph.nodes]
         self.copyable = [end + made for end, made in zip(live.end, forward, strict=True)]
@@ -113,9 +118,10 @@ class Sweep:
         live = self.live
         uses: list[list[tuple[int, int]]] = [[] for _ in live.step]
         for i in sorted(range(len(live.step)), key=live.step.__getitem__):
-            for at in (live.prefix[i], live.source[i]):
-                if at >= 0:
-                    uses[at].append((live.step[i], i))
+            if (at := live.prefix[i]) >= 0:
+                uses[at].append((live.step[i], i))
+            if (at := live.source[i]) >= 0:
+                uses[at].append((live.step[i], i))
         for value in live.pins:  # what the cache holds waits for its own fetch first
             heappush(uses[value], (live.step[value], value))
         return uses
@@ -207,12 +213,16 @@ class Sweep:
             self.copyable[value] = step + computed
             if computed and self._span(value) > self.target.max_tokens:
                 self.copyable[value] = len(live.graph.loops)  # several nodes: never copied whole
-        node = live.graph.nodes[value]
-        assert isinstance(node, KVNode)
-        seconds = self.cost.prefill(node.start, node.stop)
-        self.entries[value] = Entry(max(live.blocks[value], 1), seconds, inserted=step, used=step)
+        self.inserted[value] = self.used[value] = step
+        self.count[value] = 0
         if live.prefix[value] >= 0:
             self.children[live.prefix[value]] += 1
+
+    def _seconds(self, value: int) -> float:
+        """What it takes to compute the value again."""
+        node = self.live.graph.nodes[value]
+        assert isinstance(node, KVNode)
+        return self.cost.prefill(node.start, node.stop)
 
     def _span(self, value: int) -> int:
         node = self.live.graph.nodes[value]
@@ -226,7 +236,6 @@ class Sweep:
         self.resident[value] = 0
         pool.used -= live.blocks[value]
         pool.victims.withdraw(value)
-        del self.entries[value]
         if (at := live.prefix[value]) >= 0:
             self.children[at] -= 1
             self._offer(at, step)
@@ -236,7 +245,7 @@ class Sweep:
             self.active[value] += 1
             if self.active[value] > 1:
                 return
-            self.entries[value].uses += 1
+            self.count[value] += 1
             self.pools[self.live.worker[value]].victims.withdraw(value)
             value = self.live.prefix[value]
 
@@ -245,7 +254,7 @@ class Sweep:
             self.active[value] -= 1
             if self.active[value]:
                 return
-            self.entries[value].used = step - 1
+            self.used[value] = step - 1
             self._offer(value, step)
             value = self.live.prefix[value]
 
@@ -261,8 +270,16 @@ class Sweep:
         uses = self.uses[value]
         while uses[0][0] < step:
             heappop(uses)
-        entry, (entry.next_use, user) = self.entries[value], uses[0]
+        next_use, user = uses[0]
         pool = self.pools[live.worker[value]]
+        entry = Entry(
+            size=max(live.blocks[value], 1),
+            cost=self._seconds(value),
+            inserted=self.inserted[value],
+            used=self.used[value],
+            uses=self.count[value],
+            next_use=next_use,
+        )
         # what a request needs next for itself goes last: most of the time it is needed at once
         own = self.request[user] == self.request[value] and user != value
         pool.victims.offer(value, (own, *pool.policy.rank(entry)))

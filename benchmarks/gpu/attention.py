@@ -1,18 +1,19 @@
 """Prefix-aware attention against other kernels on one GPU.
 
-    python benchmarks/gpu/attention.py [--quick] [--json FILE]   # a CUDA machine
-    python benchmarks/gpu/attention.py --smoke                   # anywhere, by the interpreter
+    python benchmarks/gpu/attention.py           # a CUDA machine; --help for shorter runs
+    python benchmarks/gpu/attention.py --smoke   # anywhere, in Triton's interpreter
 
 First correctness: random inputs, NaN around whatever must not be read, outputs and workspace
 poisoned. Only when all of it passes, time: CUDA graph replay with a cold L2, median. The table
-has every row, lost ones too. The JSON has the table, the rates of the device, and the measured
-constants of the gate (`Gate(**report["gate"])`).
+has every row, lost ones too. The JSON has the table, the rates of the device and the measured
+constants of the gate (`Gate(**report["gate"])`); a second run adds the rows that it lacks.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from workloads import HEADS, Workload, correctness, decode, extend, smoke, trees
 from sagellm_ir.runtime.accel import AttentionSpec, Gate, SharedPrefix
 from sagellm_ir.runtime.accel.attention import PrefixAttention
 from sagellm_ir.runtime.accel.selfcheck import Batch, largest_error, random_batch, tolerance
+
+Rates = dict[str, float]
 
 
 def attention(work: Workload, device: str, gate: Gate | None) -> PrefixAttention:
@@ -60,24 +63,27 @@ def check(works: list[Workload], device: str) -> bool:
 
 def ours(work: Workload, batch: Batch, gate: Gate | None) -> tuple[float, PrefixAttention]:
     """Seconds of a layer: `schedule` runs once a forward, so it is not part of it."""
-    kernels = attention(work, "cuda", gate)
+    kernels = attention(work, str(batch.q.device), gate)
     kernels.update(work.q_lens, work.kv_lens, work.groups)
     kernels.schedule(batch.lengths)
     out = torch.empty_like(batch.q)
-    tensors = (batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths, out)
-    return seconds(lambda: kernels.run(*tensors, **batch.extra))[0], kernels
+    return seconds(lambda: run(kernels, batch, out))[0], kernels
 
 
-def measure(work: Workload, gate: Gate, rates: dict[str, float]) -> dict[str, Any]:
+def run(kernels: PrefixAttention, batch: Batch, out: torch.Tensor) -> torch.Tensor:
+    return kernels.run(
+        *(batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths, out),
+        **batch.extra,
+    )
+
+
+def measure(work: Workload, device: str, gate: Gate | None, rates: Rates) -> dict[str, Any]:
     """One row: ours with the gate, ours without sharing, and every peer."""
     batch = random_batch(
-        *(work.spec, work.q_lens, work.kv_lens, work.groups), device="cuda", poison=False
+        *(work.spec, work.q_lens, work.kv_lens, work.groups), device=device, poison=False
     )
     time, kernels = ours(work, batch, gate)
-    expected = kernels.run(
-        *(batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths),
-        torch.empty_like(batch.q),
-    )
+    expected = run(kernels, batch, torch.empty_like(batch.q))
     floors = [max(b / rates["bandwidth"], f / rates["flops"]) for b, f in work.phases]
     row: dict[str, Any] = {"name": work.name, "ours_us": time * 1e6, "phases": work.phases}
     row |= {"variant": asdict(kernels.variant), "roofline_share": max(floors) / time}
@@ -92,6 +98,8 @@ def measure(work: Workload, gate: Gate, rates: dict[str, float]) -> dict[str, An
 def peer(name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor) -> dict[str, Any]:
     """A peer's time and its distance from our result, or why there is none."""
     try:
+        if spec.kv != "native" or spec.window or spec.softcap or spec.sinks:
+            raise Unsuitable("the peers are called for plain attention only")
         work = PEERS[name](spec, batch)
         error = float((work().reshape(expected.shape).float() - expected.float()).abs().max())
         time, how = seconds(work)
@@ -99,12 +107,11 @@ def peer(name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor) -
     except (ImportError, Unsuitable) as reason:
         return {"none": str(reason)}
     except Exception as error:  # noqa: BLE001 (a peer's failure is a finding)
-        torch.cuda.synchronize()
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def measured_gate(rates: dict[str, float]) -> Gate:
-    """The gate's constants on this device, by four batches made to show one each."""
+def measured_gate(rates: Rates) -> Gate:
+    """The gate's constants on this device, by batches made to show one each."""
     spec = AttentionSpec(32, 8, 128, 64)
 
     def time(batch: int, prefix: int, gate: Gate | None) -> float:
@@ -117,46 +124,75 @@ def measured_gate(rates: dict[str, float]) -> Gate:
     reread = 64 * 8192 * spec.token_bytes / time(64, 8192, never)
     flops = 256 * 32768 * 4 * spec.heads * spec.head_dim / time(256, 32768, None)
     launch = max(time(8, 64, None) - time(8, 64, never), 0.5e-6)
-    return Gate(bandwidth=rates["bandwidth"], reread=reread, flops=flops, launch=launch)
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    return Gate(rates["bandwidth"], reread, flops, launch, programs=sms)
 
 
 def show(row: dict[str, Any]) -> str:
     """A line of the table."""
-    best = row["best_peer_us"]
-    ratio = f"{row['ours_us'] / best:6.2f}x" if best else "      -"
-    cells = f"{row['ours_us']:9.1f} {row['plain_us']:9.1f} {best or float('nan'):9.1f} {ratio}"
-    peers = " ".join(
-        f"{name}={found['us']:.1f}" for name, found in row["peers"].items() if "us" in found
+    best = row["best_peer_us"] or float("nan")
+    found = {name: f"{peer['us']:.1f}" for name, peer in row["peers"].items() if "us" in peer}
+    found |= {name: "failed" for name, peer in row["peers"].items() if "failed" in peer}
+    times = (
+        f"{row['ours_us']:9.1f} {row['plain_us']:9.1f} {best:9.1f} {row['ours_us'] / best:6.2f}x"
     )
-    return f"{row['name']:<58} {cells} {row['roofline_share']:6.0%}  {peers}"
+    peers = " ".join(f"{name}={value}" for name, value in found.items())
+    return f"{row['name']:<58} {times} {row['roofline_share']:6.0%}  {peers}"
+
+
+HEADER = f"{'us a layer':<58} {'ours':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
+
+
+def table(options: argparse.Namespace, path: Path) -> None:
+    """Measure the rows that the file lacks, as long as there is time; write it after each."""
+    begun = time.monotonic()
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if report.get("device") != torch.cuda.get_device_name():
+        rates = device_rates()
+        report = {"device": torch.cuda.get_device_name(), "rates": rates, "rows": []}
+        report |= {"gate": asdict(measured_gate(rates)), "torch": torch.__version__}
+    print(f"{report['device']}: {report['rates']}\n{report['gate']}\n{HEADER}")
+    done = {row["name"] for row in report["rows"]}
+    works = [
+        work
+        for heads in options.heads
+        for work in (*decode(heads, options.quick), *trees(heads), *extend(heads, options.quick))
+        if work.name not in done
+    ]
+    for number, work in enumerate(works):
+        if time.monotonic() - begun > 60 * options.minutes:
+            print(f"{len(works) - number} rows left: run the same command again")
+            return
+        gate = Gate(**report["gate"])
+        report["rows"].append(measure(work, "cuda", gate, report["rates"]))
+        print(show(report["rows"][-1]), flush=True)
+        path.write_text(json.dumps(report, indent=1))
 
 
 def main() -> int:
+    """Run what the command line asks for; the process's exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="correctness on tiny batches, no GPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny batches, no GPU, no numbers")
+    parser.add_argument("--thorough", action="store_true", help="correctness of every shape")
     parser.add_argument("--quick", action="store_true", help="fewer rows")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no row after this")
     parser.add_argument("--heads", choices=HEADS, nargs="*", default=[*HEADS])
     parser.add_argument("--json", type=Path, default=Path("attention.json"))
     options = parser.parse_args()
     if options.smoke:
-        return not check([*smoke()], "cpu")
+        rates = {"bandwidth": 1.0, "flops": 1.0}
+        lines = [show(measure(work, "cpu", None, rates)) for work in smoke()]
+        print(
+            f"table: {len(lines)} rows (times of the interpreter mean nothing, so none are shown)"
+        )
+        return not check([*smoke()], "cpu") or any("failed" in line for line in lines)
     if not torch.cuda.is_available():
         parser.error("no CUDA device; --smoke runs without one")
-    if not check([*correctness()], "cuda"):
+    if not check([*correctness(options.thorough)], "cuda"):
         return 1
-    rates = device_rates()
-    gate = measured_gate(rates)
-    print(f"{torch.cuda.get_device_name()}: {rates}\n{gate}")
-    print(f"{'us a layer':<58} {'ours':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}")
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "rates": rates}
-    report |= {"gate": asdict(gate), "torch": torch.__version__, "rows": []}
-    for heads in options.heads:
-        for work in (*decode(heads, options.quick), *trees(heads), *extend(heads, options.quick)):
-            report["rows"].append(measure(work, gate, rates))
-            print(show(report["rows"][-1]), flush=True)
-            options.json.write_text(json.dumps(report, indent=1))
+    table(options, options.json)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Device time of a piece of work, with a cold L2; and what the device can do at best."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,12 @@ def seconds(work: Work) -> tuple[float, str]:
     """Median seconds of one call, and how it was run: `graph` or `eager`.
 
     A CUDA graph of ten calls is replayed, each after a write that evicts the L2 cache; the time of a
-    graph of the writes alone is taken off.
+    graph of the writes alone is taken off. Without a GPU: one call, `smoke`, not a measurement.
     """
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start, "smoke"
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def flushed() -> None:

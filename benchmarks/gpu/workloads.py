@@ -1,10 +1,14 @@
 """The rows of the attention benchmark: batches of sequences and what they share."""
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from attrs import frozen
 
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
+from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS
 
 __all__ = ["HEADS", "Workload", "correctness", "decode", "extend", "smoke", "trees"]
 
@@ -104,24 +108,33 @@ def extend(heads: str, quick: bool) -> Iterator[Workload]:
                 yield _one_prefix(name, spec, prefix, batch, 0, new)
 
 
-def correctness() -> Iterator[Workload]:
-    """Every tile, block size and cache format; ragged lengths, two levels, an empty row."""
-    for head_dim in (64, 80, 96, 128, 256):
-        for block in (16, 32, 64):
-            for kv in ("native", "int8", "fp8"):
-                for heads, new in (((28, 4), 1), ((32, 8), 4), ((8, 1), 1), ((4, 4), 40)):
-                    spec = AttentionSpec(*heads, head_dim, block, kv=kv)
-                    yield _ragged(spec, new, 24, 1024)
-    for extras in ({"window": 300}, {"softcap": 20.0}, {"sinks": True}):
+def correctness(thorough: bool) -> Iterator[Workload]:
+    """Ragged lengths, two levels, an empty row; on every tile height, cache format and feature.
+
+    `thorough`: with every head_dim and block size, some 500 kernels to compile.
+    """
+    rows = (((28, 4), 1), ((32, 8), 4), ((8, 1), 2), ((4, 4), 40))
+    shapes = [(128, 64, "native"), (64, 16, "native"), (128, 32, "int8"), (128, 64, "fp8")]
+    if thorough:
+        shapes = [*itertools.product(HEAD_DIMS, BLOCK_SIZES, KV_FORMATS)]
+    for head_dim, block, kv in shapes:
+        for heads, new in rows:
+            yield _ragged(AttentionSpec(*heads, head_dim, block, kv=kv), new, 24, 1024)
+    features: list[dict[str, Any]]
+    features = [{"window": 300}, {"softcap": 20.0}, {"sinks": True}, {"dtype": torch.float16}]
+    for extras in features:
         spec = AttentionSpec(28, 4, 128, 64, **extras)
         yield _ragged(spec, 1, 24, 1024)
         yield _ragged(spec, 7, 5, 1024)
+    for heads in HEADS.values():
+        yield _ragged(AttentionSpec(*heads, 128, 64), 1, 150, 1024)
 
 
 def smoke() -> Iterator[Workload]:
-    """Small enough for the interpreter."""
+    """Small enough for Triton's interpreter."""
     yield _ragged(AttentionSpec(7, 1, 64, 16), 1, 5, 64)
     yield _ragged(AttentionSpec(2, 2, 64, 64, kv="int8"), 3, 3, 64)
+    yield _one_prefix("smoke", AttentionSpec(4, 2, 64, 16), 64, 2, 5)
 
 
 def _ragged(spec: AttentionSpec, new: int, batch: int, prefix: int) -> Workload:

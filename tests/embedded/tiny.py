@@ -53,7 +53,7 @@ def oracle(model: CausalLM, tokens: Sequence[int], new: int) -> list[int]:
     return known[len(tokens) :]
 
 
-def answers(events: Sequence[TokenEvent]) -> dict[str, list[int]]:
+def answers(events: Iterable[TokenEvent]) -> dict[str, list[int]]:
     """Tokens by request."""
     found: dict[str, list[int]] = {}
     for event in events:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from attrs import evolve, field, frozen
 
 from sagellm_ir.nodes import IRNode, Location
 from sagellm_ir.request import RequestInfo
 from sagellm_ir.target import Target
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["STAGES", "CachedBlocks", "IRGraph", "RequestDecl"]
 
@@ -97,6 +99,8 @@ class IRGraph:
 
     def to_networkx(self) -> "nx.DiGraph[str]":
         """The nodes and their data (`kind="data"`) and order (`kind="order"`) edges."""
+        import networkx as nx  # takes longer to import than all of the IR
+
         digraph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
         for node in self.nodes:
             digraph.add_node(node.name, node=node)

@@ -18,7 +18,8 @@ from sagellm_ir.nodes import (
 from sagellm_ir.passes.eviction.insert import Extra, insert
 from sagellm_ir.passes.eviction.live import Live
 from sagellm_ir.passes.eviction.steps import Steps
-from sagellm_ir.passes.eviction.sweep import Away, Batch
+from sagellm_ir.passes.eviction.sweep import Batch
+from sagellm_ir.passes.eviction.ways import Away
 from sagellm_ir.passes.rewrite import Names, split
 
 __all__ = ["emit"]

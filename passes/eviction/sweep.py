@@ -10,27 +10,17 @@ resident forest and what returns comes from the root on; and a policy may be bli
 from collections import defaultdict
 from heapq import heappop, heappush
 
-from attrs import define, field, frozen
+from attrs import frozen
 
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.nodes import Decode, KVFetch, KVNode, Prefill
+from sagellm_ir.nodes import KVNode
 from sagellm_ir.passes.eviction.live import Live
 from sagellm_ir.passes.eviction.steps import Steps
-from sagellm_ir.passes.kv_policy import Entry, KVPolicy, Victims, make_policy
+from sagellm_ir.passes.eviction.ways import Away, Pool, Ways
+from sagellm_ir.passes.kv_policy import Entry, make_policy
 
 __all__ = ["Away", "Batch", "Sweep"]
-
-
-@frozen
-class Away:
-    """Where a value is that left the device: in a store, in a cache, or nowhere."""
-
-    since: int
-    """The step of the copy, or -1 when there is none to make."""
-    store: int
-    """The tier that has it; -1: none, it will be computed again."""
-    next_use: int
 
 
 @frozen
@@ -41,29 +31,12 @@ class Batch:
     values: tuple[tuple[int, Away], ...]
 
 
-@define
-class Pool:
-    """The device tier of one worker, and the stores below it."""
-
-    capacity: int
-    policy: KVPolicy
-    used: int = 0
-    victims: Victims[int] = field(factory=Victims)
-    room: dict[int, int] = field(factory=dict)
-    """By store: free blocks."""
-    least: dict[int, int] = field(factory=dict)
-    """By store: the fewest free blocks there have ever been."""
-    leaving: list[tuple[int, int, int]] = field(factory=list)
-    """Heap of copies that are read for the last time: step, store, blocks."""
-
-
 class Sweep:
     """One run over the steps of a graph. Values are node indexes."""
 
     def __init__(self, live: Live, steps: Steps, policy: str, spill: str) -> None:
         self.live = live
         self.steps = steps
-        self.spill = spill
         self.target = live.graph.target
         self.cost = CostModel(self.target)
         count = len(live.step)
@@ -78,17 +51,9 @@ class Sweep:
         """The last step in which each was active."""
         self.count = [0] * count
         """How often each became active since it took its place."""
-        self.away: dict[int, Away] = {}
-        forward = [isinstance(node, Prefill | Decode) for node in live.graph.nodes]
-        self.copyable = [end + made for end, made in zip(live.end, forward, strict=True)]
-        """The first step in which each can be copied: moves run before the forward."""
+        self.ways = Ways(live, steps, spill)
+        self.away = self.ways.away
         self.batches: list[Batch] = []
-        self.copied = {source for source in live.source if source >= 0}
-        self.copied_decodes = [
-            (live.step[i], live.end[i])
-            for i in sorted(self.copied)
-            if isinstance(live.graph.nodes[i], Decode)
-        ]
         self.request = [getattr(node, "request", "") for node in live.graph.nodes]
         self.pools = [self._pool(worker, policy) for worker in range(len(self.target.workers))]
         self.uses = self._uses()
@@ -210,9 +175,11 @@ class Sweep:
         self.pools[live.worker[value]].used += live.blocks[value]
         if value in self.away:
             computed = self.away[value].store < 0
-            self.copyable[value] = step + computed
-            if computed and self._span(value) > self.target.max_tokens:
-                self.copyable[value] = len(live.graph.loops)  # several nodes: never copied whole
+            self.ways.copyable[value] = step + computed
+            if computed and self.ways.span(value) > self.target.max_tokens:
+                self.ways.copyable[value] = len(
+                    live.graph.loops
+                )  # several nodes: never copied whole
         self.inserted[value] = self.used[value] = step
         self.count[value] = 0
         if live.prefix[value] >= 0:
@@ -224,11 +191,6 @@ class Sweep:
         assert isinstance(node, KVNode)
         return self.cost.prefill(node.start, node.stop)
 
-    def _span(self, value: int) -> int:
-        node = self.live.graph.nodes[value]
-        assert isinstance(node, KVNode)
-        return node.stop - node.start
-
     def _leave(self, value: int, step: int) -> None:
         """The value gives its place up; what it built on may be a leaf now."""
         live = self.live
@@ -238,7 +200,8 @@ class Sweep:
         pool.victims.withdraw(value)
         if (at := live.prefix[value]) >= 0:
             self.children[at] -= 1
-            self._offer(at, step)
+            if not self.children[at] and not self.active[at]:
+                self._offer(at, step)
 
     def _activate(self, value: int) -> None:
         while value >= 0:
@@ -255,7 +218,8 @@ class Sweep:
             if self.active[value]:
                 return
             self.used[value] = step - 1
-            self._offer(value, step)
+            if not self.children[value] and self.live.last[value] >= step:
+                self._offer(value, step)
             value = self.live.prefix[value]
 
     # --- victims ---
@@ -292,7 +256,7 @@ class Sweep:
             if found is None:
                 raise self._no_room(pool, worker, step, bool(refused))
             rank, value = found
-            away = self._send_away(pool, worker, value, step)
+            away = self.ways.send_away(pool, value, step, self.uses[value][0][0])
             if away is None:
                 refused.append((value, rank))
                 continue
@@ -304,106 +268,6 @@ class Sweep:
         for value, rank in refused:
             if self.resident[value]:
                 pool.victims.offer(value, rank)
-
-    def _send_away(self, pool: Pool, worker: int, value: int, step: int) -> Away | None:
-        """How the value leaves, by the cheapest way there is; None when there is none."""
-        blocks, next_use = self.live.blocks[value], self.uses[value][0][0]
-        node = self.live.graph.nodes[value]
-        assert isinstance(node, KVNode)
-        if (store := self._cached(pool, value)) >= 0:
-            pool.room[store] -= blocks
-            pool.least[store] -= blocks
-            return Away(-1, store, next_use)
-        drop, since = self._droppable(value), self.steps.before(step, worker)
-        store = -1
-        if since >= max(self.copyable[value], 0) and self.live.step[value] < step:
-            store = self._store(pool, blocks)
-            if store < 0 and not drop:
-                store = self._reclaim(pool, worker, blocks)
-        if store < 0 or (drop and not self._worth_copying(node, store, blocks, next_use)):
-            return Away(-1, -1, next_use) if drop else None
-        pool.room[store] -= blocks
-        pool.least[store] = min(pool.least[store], pool.room[store])
-        return Away(since, store, next_use)
-
-    def _worth_copying(self, node: KVNode, store: int, blocks: int, next_use: int) -> bool:
-        """Whether a copy down and up costs less than computing the value again."""
-        if self.spill != "auto":
-            return self.spill == "always"
-        again = self.cost.prefill(node.start, node.stop)
-        if node.stop - node.start > self.steps.spare[next_use]:
-            again += self.cost.forward(0, 0, 0, 0)  # takes a step of its own
-        return 2 * self.cost.transfer(blocks, self.target.tiers[store].name) < again
-
-    def _droppable(self, value: int) -> bool:
-        """Whether the value can be computed again: whole blocks of a prompt, not its end.
-
-        The end of a prompt yields a token, which must not be drawn twice; what an answer says is
-        not known yet; and a block that two values share is made by both in turn.
-        """
-        node = self.live.graph.nodes[value]
-        assert isinstance(node, KVNode)
-        size = self.target.block_size
-        inside = node.stop < self.live.graph.request[node.request].prompt_len
-        whole = not node.start % size and not node.stop % size
-        # if it takes several prefills, no single node has all of what a move copies
-        single = node.stop - node.start <= self.target.max_tokens
-        return inside and whole and (single or value not in self.copied) and not self._fixed(value)
-
-    def _fixed(self, value: int) -> bool:
-        """Whether the step that needs the value next runs a decode that a move copies later: it
-        must stay whole, so no step can be put in there."""
-        if not self.copied_decodes:
-            return False
-        next_use = self.uses[value][0][0] if value not in self.away else self.away[value].next_use
-        return any(first < next_use <= end for first, end in self.copied_decodes)
-
-    def _store(self, pool: Pool, blocks: int) -> int:
-        """The fastest lower tier with room, or -1."""
-        fits = [tier for tier, room in pool.room.items() if room >= blocks]
-        return min(fits, key=lambda tier: self.cost.transfer(blocks, self._name(tier)), default=-1)
-
-    def _name(self, tier: int) -> str:
-        return self.target.tiers[tier].name
-
-    def _reclaim(self, pool: Pool, worker: int, blocks: int) -> int:
-        """Gives up copies that can be computed again, latest next use first, until one store has
-        room for a value that cannot; -1 if that is not to be had."""
-        copies = [
-            (-away.next_use, value)
-            for value, away in self.away.items()
-            if away.since >= 0 and self.live.worker[value] == worker and self._droppable(value)
-        ]
-        for _, value in sorted(copies):
-            away = self.away[value]
-            pool.room[away.store] += self.live.blocks[value]
-            self.away[value] = Away(-1, -1, away.next_use)
-            if (store := self._store(pool, blocks)) >= 0:
-                return store
-        return -1
-
-    def _cached(self, pool: Pool, value: int) -> int:
-        """A lower tier whose cache has the value, with room to keep it there; or -1.
-
-        The room must have been there all the time: nothing may have overwritten the blocks.
-        """
-        live = self.live
-        node = live.graph.nodes[value]
-        if not isinstance(node, KVFetch) or node.source is not None or self.spill == "never":
-            return -1
-        size = self.target.block_size
-        wanted = live.graph.request[node.request].blocks[node.start // size : node.stop // size]
-        for line in live.graph.cache:
-            tier = next(i for i, spec in enumerate(self.target.tiers) if spec.name == line.tier)
-            there = line.worker in (None, self.target.workers[live.worker[value]].name)
-            if (
-                tier != live.device
-                and there
-                and pool.least[tier] >= live.blocks[value]
-                and set(wanted) <= set(line.blocks)
-            ):
-                return tier
-        return -1
 
     def _no_room(self, pool: Pool, worker: int, step: int, stuck: bool) -> SageIRError:
         """What runs in the step is too much, or what waits can neither be copied nor dropped."""

@@ -11,14 +11,10 @@ Everything is driven by events: a step costs what changes in it, not what waits 
 import math
 from heapq import heappop, heappush
 
-from attrs import define, field
-
-from sagellm_ir.cost import CostModel
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.passes.scheduling.jobs import Job, Jobs
+from sagellm_ir.passes.scheduling.admission import Admission
 from sagellm_ir.passes.scheduling.problem import MOVE, PREFILL, Problem
 from sagellm_ir.passes.scheduling.timeline import Limit, Piece, Timeline
-from sagellm_ir.target import DEVICE
+from sagellm_ir.passes.scheduling.worker import WorkerState
 
 __all__ = ["simulate"]
 
@@ -27,62 +23,6 @@ LOOKAHEAD = 4
 
 INTERRUPTION = 4
 """Decode rows that one new or ended job may interrupt, on a target that does not mix steps."""
-
-
-@define(eq=False)
-class WorkerState:
-    """One worker at one moment of virtual time."""
-
-    now: float = 0.0
-    forwards: int = 0
-    """Forwards that its decodes have run: each row advances by one in each."""
-    running: list[tuple[int, int]] = field(factory=list)
-    """Heap of decode rows: the value of `forwards` at which a row ends, its node."""
-    context: int = 0
-    """KV tokens that the decode rows attend to, summed."""
-    ready: list[tuple[int, int]] = field(factory=list)
-    """Heap of prefills whose operands are there."""
-    moves: list[int] = field(factory=list)
-    """Moves to make in the next step."""
-    decodes: list[int] = field(factory=list)
-    """Decodes to start in the next step that runs decodes."""
-    queue: list[tuple[int, int, Job]] = field(factory=list)
-    """Heap of jobs that wait for admission; the number makes entries comparable."""
-    inbox: list[tuple[float, int, int, Job]] = field(factory=list)
-    """Heap of jobs that join the queue at a later time."""
-    pinned: int = 0
-    """Device blocks that admitted jobs hold or will grow to."""
-    active: int = 0
-    """Admitted jobs that have not ended."""
-    changes: int = 0
-    """Jobs that came or ended since the last prefill."""
-    paused: bool = False
-    """Whether its decode rows wait for prefills to end (on a target that does not mix them)."""
-    last: int = -1
-    """The last step that ran decodes."""
-    stuck: Limit | None = None
-    """Why the head of the queue was refused: stands until a job ends or another is the head."""
-    # of the step being made:
-    open: bool = False
-    """Whether moves and decodes may still be added."""
-    decoding: bool = False
-    """Whether decode rows run in it."""
-    room: int = 0
-    """Rows still free."""
-    seats: int = 0
-    """Sequences still free."""
-    done: list[int] = field(factory=list)
-    """Nodes that finish with the step."""
-    rows: int = 0
-    """Prefill rows."""
-    pairs: int = 0
-    """Query-key pairs of the prefills."""
-    reads: int = 0
-    """KV tokens that the prefills read."""
-    logits: int = 0
-    """Prefills that end a prompt."""
-    transfer: float = 0.0
-    """Seconds of the moves."""
 
 
 def simulate(problem: Problem, arrivals: bool, fill: bool) -> Timeline:
@@ -96,67 +36,16 @@ def simulate(problem: Problem, arrivals: bool, fill: bool) -> Timeline:
     Raises:
         SageIRError: a request or a prefill is larger than the target's budgets.
     """
-    return _Simulation(problem, arrivals, fill).run()
+    return Simulation(problem, arrivals, fill).run()
 
 
-class _Simulation:
-    """State of one run. Nodes, requests and workers are indexes."""
+class Simulation(Admission):
+    """The part that makes steps."""
 
     def __init__(self, problem: Problem, arrivals: bool, fill: bool) -> None:
-        target = problem.graph.target
-        self.problem = problem
-        self.target = target
-        self.cost = CostModel(target)
-        tier = target.tier(DEVICE)
-        self.capacity = tier.blocks if tier else 0
-        self.max_rows = min(target.max_batch, target.max_tokens)
-        self.missing = [
-            len(reads) + len(waits)
-            for reads, waits in zip(problem.operands, problem.waits, strict=True)
-        ]
-        count, requests = len(problem.kind), len(problem.rank)
-        self.fill = fill
-        self.jobs = Jobs(problem)
-        self.start = problem.start.copy()
-        """Tokens of each prefill that are done, and those before it."""
-        self.size = problem.size.copy()
-        """Rows of each prefill that are left; forwards of each decode."""
-        self.timeline = Timeline(count, requests)
-        self.seated = [-1] * requests
+        super().__init__(problem, arrivals, fill)
+        self.seated = [-1] * len(problem.rank)
         """By request: the last step in which it had a seat."""
-        self.workers = [WorkerState() for _ in target.workers]
-        self.posted = 0
-        self.by_rank = sorted(range(requests), key=problem.rank.__getitem__)
-        self._check_sizes()
-        self._open_doors(arrivals)
-
-    def _open_doors(self, arrivals: bool) -> None:
-        """Requests wait at the worker of their first node, as jobs without nodes."""
-        problem, timeline = self.problem, self.timeline
-        for i in self.by_rank:  # in order: so the queues are heaps
-            if not problem.owned[i]:
-                continue
-            job = Job(i, problem.worker[problem.owned[i][0]], problem.rank[i])
-            if arrivals:
-                self._post(job, problem.graph.requests[i].arrival)
-            else:
-                self.workers[job.worker].queue.append((job.rank, 0, job))
-                timeline.ready[i] = timeline.queued[i] = 0
-
-    def _check_sizes(self) -> None:
-        most = self.target.max_tokens
-        for i, kind in enumerate(self.problem.kind):
-            whole = not self.fill or i in self.problem.copied
-            if kind == PREFILL and whole and self.size[i] > most:
-                node = self.problem.graph.nodes[i]
-                raise SageIRError(
-                    Diagnostic(
-                        f"%{node.name} prefills {self.size[i]} tokens, but a step of target "
-                        f"{self.target.name!r} has room for {most}",
-                        loc=node.loc,
-                        help="run chunk-prefill before schedule",
-                    )
-                )
 
     def run(self) -> Timeline:
         """Makes steps, of the worker that is first in virtual time, until all nodes have run."""
@@ -185,90 +74,6 @@ class _Simulation:
         if state.queue and state.stuck is None:
             return state.now
         return max(state.now, state.inbox[0][0]) if state.inbox else math.inf
-
-    # --- admission ---
-
-    def _post(self, job: Job, time: float) -> None:
-        self.posted += 1
-        heappush(self.workers[job.worker].inbox, (time, job.rank, self.posted, job))
-
-    def _route(self, job: Job, time: float) -> None:
-        if not self.jobs.park(job):
-            self._post(job, time)
-
-    def _receive(self, state: WorkerState) -> None:
-        """Moves what has come by now from the inbox to the queue."""
-        head = state.queue[0] if state.queue else None
-        ready = self.timeline.ready
-        while state.inbox and state.inbox[0][0] <= state.now:
-            _, rank, number, job = heappop(state.inbox)
-            heappush(state.queue, (rank, number, job))
-            state.changes += 1
-            if ready[job.request] < 0:
-                ready[job.request] = len(self.timeline.loops)
-            self.timeline.queued[job.request] = len(self.timeline.loops)
-        if state.queue and state.queue[0] is not head:
-            state.stuck = None
-
-    def _admit(self, state: WorkerState) -> None:
-        """Takes the head of the queue in, or says in `state.stuck` why not."""
-        _, _, job = state.queue[0]
-        if not job.nodes:
-            self.timeline.opened[job.request] = len(self.timeline.loops)
-            parts = self.jobs.open(job)
-            if parts != [job] or self.jobs.park(job):
-                heappop(state.queue)
-                for part in parts:
-                    if part is not job:
-                        self._route(part, state.now)
-                self._receive(state)
-                return
-        if state.active >= self.max_rows:
-            state.stuck = Limit.BATCH
-            return
-        needed = self.jobs.pin(job)
-        if state.pinned + needed > self.capacity:
-            self.jobs.unpin(job)
-            state.stuck = Limit.KV
-            if not state.pinned:
-                raise self._too_big(job, needed)
-            return
-        heappop(state.queue)
-        state.pinned += needed
-        state.active += 1
-        job.admitted = job.active = True
-        if self.timeline.admitted[job.request] < 0:
-            self.timeline.admitted[job.request] = len(self.timeline.loops)
-        for node in [node for node in job.nodes if not self.missing[node]]:
-            self._ready(state, node)
-
-    def _too_big(self, job: Job, needed: int) -> SageIRError:
-        request = self.problem.graph.requests[job.request]
-        return SageIRError(
-            Diagnostic(
-                f"request @{request.id} needs {needed} KV blocks at once, but the device tier of "
-                f"target {self.target.name!r} has {self.capacity}",
-                loc=request.loc,
-                help="raise the tier's blocks, or lower max_new or the length of the prompt",
-            )
-        )
-
-    def _check_complete(self) -> None:
-        """Workers that wait for each other's memory stop before all nodes have run."""
-        for state in self.workers:
-            if state.queue:
-                request = self.problem.graph.requests[state.queue[0][2].request]
-                raise SageIRError(
-                    Diagnostic(
-                        f"the KV of request @{request.id} finds no room: workers wait for each "
-                        f"other's device tiers to empty",
-                        loc=request.loc,
-                        help="raise the device tier's blocks, or place sharing requests together",
-                    )
-                )
-        assert all(self.jobs.of[node] for owned in self.problem.owned for node in owned)
-
-    # --- one step ---
 
     def _step(self, index: int, state: WorkerState) -> None:
         """Runs one step; leaves no trace when there was nothing to do."""

@@ -20,7 +20,7 @@ from sagellm_ir.lowering.plan import Bind, KVMove, PlanStep
 from sagellm_ir.runtime.backend import EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
-from sagellm_ir.runtime.engines.lmdeploy.view import Names, view_of
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, view_of
 from sagellm_ir.target import DEVICE
 
 __all__ = ["PlanDriver"]
@@ -57,6 +57,7 @@ class PlanDriver:
         self.rejected: list[str] = []
         """Why steps were dropped."""
         self._todo: deque[PlanStep] = deque()
+        self._found: dict[str, Any] = {}
         self._block_of: dict[tuple[str, int], int] = {}
         """LMDeploy's logical block by tier and the plan's block."""
         engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
@@ -76,6 +77,7 @@ class PlanDriver:
 
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
+        self._found.clear()
         if self._is_in_flight():
             return False
         for _ in range(_MOVES_ONLY):
@@ -161,7 +163,8 @@ class PlanDriver:
             return None
         self._bind(step.binds)
         size = self.scheduler.cache_config.block_size
-        rows = [(name, seq) for name, seq in seqs.items() if seq in ran]
+        running = {seq.seq_id for seq in ran}
+        rows = [(name, seq) for name, seq in seqs.items() if seq.seq_id in running]
         ordered, groups = group_rows(rows, step.groups, size)
         output = _output(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
@@ -216,10 +219,14 @@ class PlanDriver:
         return [chunk.request for chunk in step.prefill] or list(step.decode)
 
     def _sequence(self, name: str) -> Any:
-        return self.names.sequence(self.scheduler, name)
+        """The sequence of a request, looked up once a tick."""
+        if name not in self._found:
+            self._found[name] = self.names.sequence(self.scheduler, name)
+        return self._found[name]
 
     def _is_over(self, name: str) -> bool:
-        return self.names.is_over(self.scheduler, name)
+        seq = self._sequence(name)
+        return seq.status.name in ENDED if seq is not None else self.names.has_left(name)
 
     # KV, by the plan's names of blocks.
 

@@ -7,10 +7,11 @@ from typing import Any
 from sagellm_ir.runtime.backend import CachedPrefix, EngineView, Finish, RequestView
 from sagellm_ir.target import DEVICE, HOST
 
-__all__ = ["Names", "view_of"]
+__all__ = ["ENDED", "WORKER", "Names", "view_of"]
 
 _UNNAMED = re.compile(r"session-(\d+)-\d+")
 ENDED = ("STOPPED", "ABORTED", "TO_BE_MIGRATED")
+"""States of a sequence that has no more to compute."""
 WORKER = "w0"
 """One LMDeploy engine is one worker."""
 
@@ -61,11 +62,8 @@ class Names:
             self._arrived.add(request)
         return seq
 
-    def is_over(self, scheduler: Any, request: str) -> bool:
-        """Whether a request has ended, or left the scheduler."""
-        seq = self.sequence(scheduler, request)
-        if seq is not None:
-            return seq.status.name in ENDED
+    def has_left(self, request: str) -> bool:
+        """Whether a request that is not in the scheduler was in it before."""
         return request in self._arrived or bool(_UNNAMED.fullmatch(request))
 
 
@@ -84,9 +82,9 @@ def view_of(scheduler: Any, names: Names) -> EngineView:
         else:
             running.append(seen)
         full = seq.num_history_ids // seq.block_size
-        table = tuple(int(block) for block in seq.logical_blocks.get_real_blocks()[:full])
-        if table:
-            cached.append(CachedPrefix(request, DEVICE, WORKER, table))
+        if full:
+            table = seq.logical_blocks.get_real_blocks()[:full].tolist()
+            cached.append(CachedPrefix(request, DEVICE, WORKER, tuple(table)))
     manager = scheduler.block_manager
     free = {(WORKER, DEVICE): int(manager.get_num_free_gpu_blocks())}
     free[WORKER, HOST] = int(manager.get_num_free_cpu_blocks())

@@ -22,7 +22,7 @@ from sagellm_ir.runtime.accel.launch import (
 )
 from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
 from sagellm_ir.runtime.accel.tiles import tile_for
-from sagellm_ir.runtime.accel.worklist import NODE_FIELDS, Limits, plan_shared
+from sagellm_ir.runtime.accel.worklist import ITEM_FIELDS, Limits, plan_shared
 
 __all__ = ["PrefixAttention", "Variant"]
 
@@ -99,12 +99,12 @@ class PrefixAttention:
         spec, batch, rows = self.spec, self.max_batch, self.max_rows
         items = ceil_div(rows * spec.group, 16) + batch + 8 * self._sms
         parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
-        self._limits = Limits(self._sms, batch, items, 4 * rows, 64 * rows, parts)
+        self._limits = Limits(self._sms, items, 4 * rows, 64 * rows, parts)
         always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 1}
-        shared = {"sizes": 2, "nodes": batch * NODE_FIELDS, "items": items * 2, "rows": 4 * rows}
+        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": 4 * rows}
         tables = {"where_start": batch, "where": 64 * rows}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
-        self._items = self._ints(2 * items)
+        self._items = self._ints(items * ITEM_FIELDS)
         self._sizes = self._ints(2)
         get = self._meta.device
         self._lists = Lists(
@@ -113,7 +113,6 @@ class PrefixAttention:
             shared_slots=get("shared_slots"),
             part_base=get("part_base"),
             row_seq=get("row_seq"),
-            nodes=get("nodes"),
             rows=get("rows"),
             where_start=get("where_start"),
             where=get("where"),
@@ -165,8 +164,7 @@ class PrefixAttention:
         meta.write("row_seq", np.repeat(np.arange(len(new), dtype=np.int32), new))
         meta.write("part_base", np.array([work.parts if work else 0], np.int32))
         if work:
-            meta.write("sizes", np.array([len(work.items), work.chunk], np.int32))
-            meta.write("nodes", work.nodes.reshape(-1))
+            meta.write("sizes", np.array([len(work.items)], np.int32))
             meta.write("items", work.items.reshape(-1))
             meta.write("rows", work.rows)
             meta.write("where_start", work.where_start)

@@ -8,7 +8,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile
-from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, ITEM_COST
+from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, ITEM_COST, ITEM_FIELDS
 
 __all__ = [
     "LOG2E",
@@ -106,7 +106,6 @@ class Lists:
     shared_slots: Tensor
     part_base: Tensor
     row_seq: Tensor
-    nodes: Tensor
     rows: Tensor
     where_start: Tensor
     where: Tensor
@@ -157,8 +156,7 @@ def launch_attend(
     vs = x.v if x.v_scales is None else x.v_scales
     kernels.attend[(grid,)](
         *(x.q, x.k, x.v, ks, vs, x.out, lists.partial, lists.lse, x.sinks, x.table, x.kv_lens),
-        *(lists.q_start, lists.begin, lists.shared_slots, lists.row_seq, lists.nodes, lists.rows),
-        *(lists.parts, items, sizes, x.qk_scale, x.out_scale),
+        *(lists.q_start, lists.row_seq, lists.rows, items, sizes, x.qk_scale, x.out_scale),
         *(x.q.stride()[:2] + x.k.stride()[:3] + x.v.stride()[:3]),
         *(ks.stride()[:3] + vs.stride()[:3] + x.out.stride()[:2]),
         x.table.stride(0),
@@ -224,6 +222,6 @@ def launch_schedule(
     """Launch `schedule`: a program for each sequence."""
     kernels.schedule[(batch,)](
         *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.part_base),
-        *(lists.slots, lists.parts, items, sizes, batch, len(items) // 2, len(lists.lse)),
+        *(lists.slots, lists.parts, items, sizes, batch, len(items) // ITEM_FIELDS, len(lists.lse)),
         **schedule_constants(spec, tile, sms, max_batch),
     )

@@ -31,7 +31,7 @@ class AttentionSpec:
     """`native`: as `dtype`. `int8`: uint8 with a scale and a zero point for each token and head,
     value `(x - zero) * scale` (LMDeploy's `quant_policy=8`). `fp8`: e4m3 with one scale for K and
     one for V."""
-    scale: float | None = None
+    scale: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
     """Factor on the scores; None: `1 / sqrt(head_dim)`."""
     window: int = field(default=0, validator=validators.ge(0))
     """A query at position `p` sees keys `p - window < j <= p`; 0: all of `j <= p`.

@@ -8,16 +8,15 @@ from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_for
 
-__all__ = ["CHUNK", "CHUNKS", "ITEM_COST", "NODE_FIELDS", "Limits", "SharedWork", "plan_shared"]
+__all__ = ["CHUNK", "CHUNKS", "ITEM_COST", "ITEM_FIELDS", "Limits", "SharedWork", "plan_shared"]
 
 CHUNK = 128
 """Keys of the smallest chunk; candidates are this times 1, 2, 4, ..., and no cut."""
 CHUNKS = 9
 ITEM_COST = 64
 """What starting and ending a work item costs, in keys. Predicted, not measured."""
-NODE_FIELDS = 7
-"""A node: sequence whose table has its pages, begin, end, first entry of and number of its
-queries, its first partial, chunk length."""
+ITEM_FIELDS = 8
+"""Integers of a work item, see `kernels.common`."""
 
 
 @frozen
@@ -25,7 +24,6 @@ class Limits:
     """What the static buffers hold."""
 
     sms: int
-    nodes: int
     items: int
     rows: int
     """Query tokens of all nodes."""
@@ -40,10 +38,8 @@ class SharedWork:
     """Arrays the shared kernel reads; all int32."""
 
     tile_rows: int
-    nodes: Ints
-    """`[nodes, NODE_FIELDS]`."""
     items: Ints
-    """`[items, 2]`: node, and chunk * tiles + tile in it."""
+    """`[items, ITEM_FIELDS]`."""
     rows: Ints
     """Query tokens of the nodes, one node after another."""
     slots: Ints
@@ -66,7 +62,7 @@ def plan_shared(
     they have the same nodes above it.
     """
     lists = [_queries(node.rows, q_start) for node in forest.nodes]
-    if not lists or len(lists) > limits.nodes or sum(map(len, lists)) > limits.rows:
+    if not lists or sum(map(len, lists)) > limits.rows:
         return None
     lengths = np.array([node.end - node.begin for node in forest.nodes])
     queries = np.array([len(rows) for rows in lists])
@@ -78,24 +74,40 @@ def plan_shared(
     if chunk is None:
         return None
     cuts = -(-lengths // chunk)
-    count = tiles * cuts
-    items = np.empty((count.sum(), 2), np.int32)
-    items[:, 0] = np.repeat(np.arange(len(lists)), count)
-    items[:, 1] = np.arange(len(items)) - np.repeat(np.cumsum(count) - count, count)
-    nodes = np.empty((len(lists), NODE_FIELDS), np.int32)
-    nodes[:, 0] = [node.rows[0] for node in forest.nodes]
-    nodes[:, 1] = [node.begin for node in forest.nodes]
-    nodes[:, 2] = [node.end for node in forest.nodes]
-    nodes[:, 3] = np.cumsum(queries) - queries
-    nodes[:, 4] = queries
-    parts = cuts * queries * spec.group
-    nodes[:, 5] = np.cumsum(parts) - parts
-    nodes[:, 6] = chunk
-    slots, start, where = _where(spec, forest, lists, q_start, cuts, nodes[:, 5])
+    size = cuts * queries * spec.group
+    first_part = np.cumsum(size) - size
+    items = _items(spec, forest, queries, tiles, cuts, first_part, chunk)
+    slots, start, where = _where(spec, forest, lists, q_start, cuts, first_part)
     if len(where) > limits.where:
         return None
     rows = np.concatenate(lists)
-    return SharedWork(tile.rows, nodes, items, rows, slots, start, where, int(parts.sum()), chunk)
+    return SharedWork(tile.rows, items, rows, slots, start, where, int(size.sum()), chunk)
+
+
+def _items(
+    spec: AttentionSpec,
+    forest: Forest,
+    queries: Ints,
+    tiles: Ints,
+    cuts: Ints,
+    first_part: Ints,
+    chunk: int,
+) -> Ints:
+    """The work items. Tiles of one chunk are neighbours: the first brings its pages to L2."""
+    count = tiles * cuts
+    node = np.repeat(np.arange(len(count)), count)
+    local = np.arange(len(node)) - np.repeat(np.cumsum(count) - count, count)
+    cut, tile = np.divmod(local, tiles[node])
+    of_nodes = np.array([(x.rows[0], x.begin, x.end) for x in forest.nodes])[node]
+    items = np.zeros((len(node), ITEM_FIELDS), np.int32)
+    items[:, 0] = of_nodes[:, 0]
+    items[:, 1] = of_nodes[:, 1] + cut * chunk
+    items[:, 2] = np.minimum(items[:, 1] + chunk, of_nodes[:, 2])
+    items[:, 4] = (np.cumsum(queries) - queries)[node]
+    items[:, 5] = queries[node]
+    items[:, 6] = tile
+    items[:, 7] = first_part[node] + cut * queries[node] * spec.group
+    return items
 
 
 def _where(

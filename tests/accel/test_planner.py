@@ -16,7 +16,7 @@ from sagellm_ir.runtime.accel.worklist import Limits, plan_shared
 
 SPEC = AttentionSpec(14, 2, 128, 16)
 LLAMA = AttentionSpec(32, 8, 128, 64)
-LIMITS = Limits(sms=132, nodes=64, items=4096, rows=4096, where=65536, parts=1 << 16)
+LIMITS = Limits(sms=132, items=4096, rows=4096, where=65536, parts=1 << 16)
 
 
 def ints(*values: int) -> Ints:
@@ -71,32 +71,25 @@ def test_spans_and_partials_cover_every_key_once(
         assert work is None
         return
     assert work is not None
-    used = np.zeros(work.parts, int)
+    # What each partial is: (query token, head of the group, first key, end).
+    written: dict[int, tuple[int, int, int, int]] = {}
+    for owner, lo, hi, _, first, count, tile, part in work.items.tolist():
+        for r in range(tile * work.tile_rows, min((tile + 1) * work.tile_rows, count * SPEC.group)):
+            query = int(work.rows[first + r // SPEC.group])
+            assert part + r not in written
+            written[part + r] = (query, r % SPEC.group, lo, hi)
+            mine, pages = np.searchsorted(q_start, query, "right") - 1, slice(lo // 16, hi // 16)
+            assert (table[mine, pages] == table[owner, pages]).all()
+    assert written.keys() == set(range(work.parts))
     for seq in range(len(old)):
-        at, slot = 0, 0
-        for node, fields in zip(forest.nodes, work.nodes, strict=True):
-            if seq not in node.rows:
-                continue
-            owner, begin, end, first, count, part, chunk = fields.tolist()
-            assert (begin, end) == (node.begin, node.end)
-            assert begin == at
-            assert (
-                table[seq, begin // 16 : end // 16] == table[owner, begin // 16 : end // 16]
-            ).all()
-            rows = work.rows[first : first + count].tolist()
-            for cut in range(-(-(end - begin) // chunk)):
-                for turn, query in enumerate(range(q_start[seq], q_start[seq + 1])):
-                    entry = work.where_start[seq] + turn * work.slots[seq] + slot
-                    place = part + (cut * count + rows.index(query)) * SPEC.group
-                    assert work.where[entry] == place
-                    used[place : place + SPEC.group] += 1
-                slot += 1
-            at = end
-        assert (at, slot) == (forest.private[seq], work.slots[seq])
-        assert at <= old[seq]
-    assert (used == 1).all()
-    cuts = {tuple(item) for item in work.items.tolist()}
-    assert len(cuts) == len(work.items)
+        for turn, query in enumerate(range(q_start[seq], q_start[seq + 1])):
+            at = 0
+            entry = work.where_start[seq] + turn * work.slots[seq]
+            for place in work.where[entry : entry + work.slots[seq]].tolist():
+                for head in range(SPEC.group):
+                    assert written[place + head] == (query, head, at, written[place][3])
+                at = written[place][3]
+            assert at == forest.private[seq] <= old[seq]
 
 
 def test_a_node_that_does_not_pay_is_read_with_its_children() -> None:
@@ -142,8 +135,8 @@ def test_bad_groups_are_refused(groups: list[SharedPrefix], problem: str) -> Non
 def test_work_that_does_not_fit_is_not_shared() -> None:
     forest = plan_forest(SPEC, [SharedPrefix(0, 32, (0, 1))], ints(1, 1), ints(40, 40), None)
     q_start = ints(0, 1, 2)
-    for tight in ("nodes", "items", "rows", "where", "parts"):
-        fields = {"sms": 1, "nodes": 9, "items": 9, "rows": 9, "where": 9, "parts": 99, tight: 0}
+    for tight in ("items", "rows", "where", "parts"):
+        fields = {"sms": 1, "items": 9, "rows": 9, "where": 9, "parts": 99, tight: 0}
         assert plan_shared(SPEC, forest, q_start, Gate(), Limits(**fields)) is None
 
 

@@ -5,12 +5,12 @@
 import triton
 import triton.language as tl
 
-from sagellm_ir.runtime.accel.kernels.common import LOG2E, NEG_INF, private_begin
+from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS, LOG2E, NEG_INF
 from sagellm_ir.runtime.accel.kernels.walk import walk
 
 __all__ = ["attend"]
 
-NODE_FIELDS = tl.constexpr(7)
+FAR = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -34,12 +34,8 @@ def attend(
     table,
     kv_lens,
     q_start,
-    begin,
-    shared_slots,
     row_seq,
-    nodes,
     rows,
-    parts_in,
     items,
     sizes,
     qk_scale,
@@ -77,44 +73,24 @@ def attend(
 ):
     """Attention of packed query rows over a chunk of keys: one (item, KV head) at a time.
 
-    SHARED: an item is (node, chunk, tile of the queries of all the node's sequences); every query
-    comes after all keys, so nothing is masked. Otherwise: (sequence, tile, chunk) of its private
-    part, causal. A sequence with one slot in all gets its output here; others get partials.
+    SHARED: queries are those of a node's sequences, listed in `rows`; all of them come after all of
+    the keys. Otherwise they are new tokens of one sequence, side by side in `q`, and causal. An
+    item without partials (a sequence read in one piece) writes its output.
     """
     d = tl.arange(0, BD)
     todo = tl.load(sizes) * KV_HEADS
     for index in range(tl.program_id(0), todo, tl.num_programs(0)):
         # Heads lie side by side in a page: neighbours in the grid read neighbouring bytes.
         head = index % KV_HEADS
-        who = tl.load(items + index // KV_HEADS * 2)
-        local = tl.load(items + index // KV_HEADS * 2 + 1)
-        if SHARED:
-            node = nodes + who * NODE_FIELDS
-            owner = tl.load(node)
-            lo = tl.load(node + 1)
-            end = tl.load(node + 2)
-            q_first = tl.load(node + 3)
-            q_len = tl.load(node + 4)
-            part = tl.load(node + 5)
-            chunk = tl.load(node + 6)
-            tiles = (q_len * GROUP + BM - 1) // BM
-            # Tiles of one chunk run together: the first brings the pages to L2 for the others.
-            tile = local % tiles
-            cut = local // tiles
-        else:
-            owner = who
-            end = tl.load(kv_lens + who)
-            q_first = tl.load(q_start + who)
-            q_len = tl.load(q_start + who + 1) - q_first
-            lo = private_begin(tl.load(begin + who), end, q_len, WINDOW, BLOCK)
-            slot = tl.load(shared_slots + who)
-            part = tl.load(parts_in + who)
-            chunk = tl.load(sizes + 1)
-            cuts = (end - lo + chunk - 1) // chunk
-            tiles = (q_len * GROUP + BM - 1) // BM
-            # Later tiles see more keys: longest first.
-            tile = tiles - 1 - local // cuts
-            cut = local % cuts
+        item = items + index // KV_HEADS * ITEM_FIELDS
+        owner = tl.load(item)
+        lo = tl.load(item + 1)
+        hi = tl.load(item + 2)
+        end = tl.load(item + 3)
+        q_first = tl.load(item + 4)
+        q_len = tl.load(item + 5)
+        tile = tl.load(item + 6)
+        part = tl.load(item + 7)
 
         r = tile * BM + tl.arange(0, BM)
         live = r < q_len * GROUP
@@ -124,26 +100,18 @@ def attend(
         low = tl.zeros([BM], tl.int32)
         if SHARED:
             row = tl.load(rows + row)
-            high = tl.full([BM], 2147483647, tl.int32)
+            high = tl.full([BM], FAR, tl.int32)
             if WINDOW > 0:
                 high = _position(row, row_seq, q_start, kv_lens)
+            seen_by_all = hi
         else:
             high = end - q_len + qi
             last = tl.minimum((tile * BM + BM - 1) // GROUP, q_len - 1)
-            seen_by_all = end - q_len + tile * BM // GROUP + 1
-            end = end - q_len + last + 1
+            hi = tl.minimum(hi, end - q_len + last + 1)
+            seen_by_all = tl.minimum(hi, end - q_len + tile * BM // GROUP + 1)
         if WINDOW > 0:
-            low = tl.where(live, tl.maximum(high - WINDOW + 1, 0), 2147483647)
-
-        lo += cut * chunk
-        hi = tl.minimum(lo + chunk, end)
-        if WINDOW > 0:
+            low = tl.where(live, tl.maximum(high - WINDOW + 1, 0), FAR)
             lo = tl.maximum(lo, tl.min(low, 0) // BLOCK * BLOCK)
-            free = lo
-        elif SHARED:
-            free = lo + tl.maximum(hi - lo, 0) // BN * BN
-        else:
-            free = lo + tl.maximum(tl.minimum(hi, seen_by_all) - lo, 0) // BN * BN
 
         q_at = q_ptr + row.to(tl.int64) * q_row_stride + q_head * q_head_stride
         if D == BD:
@@ -166,7 +134,13 @@ def attend(
         acc = tl.zeros([BM, BD], tl.float32)
         m = tl.full([BM], NEG_INF, tl.float32)
         den = tl.zeros([BM], tl.float32)
-        for phase in tl.static_range(2):
+        # Large tiles are bound by arithmetic: tiles of keys that all rows see run without masks.
+        # Small ones are bound by memory: one loop, so that the pipeline is filled once.
+        PHASES: tl.constexpr = 2 if BM >= 64 and WINDOW == 0 else 1
+        free = lo
+        if PHASES == 2:
+            free = lo + tl.maximum(seen_by_all - lo, 0) // BN * BN
+        for phase in tl.static_range(PHASES):
             acc, m, den, pages = walk(
                 acc,
                 m,
@@ -177,7 +151,7 @@ def attend(
                 low,
                 high,
                 lo if phase == 0 else free,
-                free if phase == 0 else hi,
+                hi if phase == PHASES - 1 else free,
                 hi,
                 pages_of,
                 k_ptr + head * k_head_stride,
@@ -200,13 +174,13 @@ def attend(
                 BN,
                 BD,
                 D,
-                phase == 1,
+                phase == PHASES - 1,
             )
 
         some = den > 0.0
         alone = False
         if not SHARED:
-            alone = (slot == 0) & (cuts == 1)
+            alone = part < 0
         if alone:
             total = den
             if SINKS:
@@ -217,7 +191,7 @@ def attend(
             tl.store(out_at[:, None] + d[None, :], o.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
             lse = tl.where(some, m + tl.log2(tl.where(some, den, 1.0)), NEG_INF)
-            at = (part + cut * q_len * GROUP + tile * BM).to(tl.int64) * KV_HEADS + head
+            at = (part + tile * BM).to(tl.int64) * KV_HEADS + head
             r0 = tl.arange(0, BM)
             tl.store(lse_ptr + at + r0 * KV_HEADS, lse, mask=live)
             o = acc * (out_scale / tl.where(some, den, 1.0))[:, None]

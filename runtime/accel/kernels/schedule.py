@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from sagellm_ir.runtime.accel.kernels.common import private_begin
+from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS
 
 __all__ = ["schedule"]
 
@@ -48,7 +48,9 @@ def schedule(
     q_len = tl.load(q_start + seq + 1, mask=live, other=0) - q_first
     first = tl.load(begin + seq, mask=live, other=0)
     shared = tl.load(shared_slots + seq, mask=live, other=0)
-    first = private_begin(first, kv_len, q_len, WINDOW, BLOCK)
+    if WINDOW > 0:  # Nothing before the oldest query's window is read.
+        oldest = tl.maximum(kv_len - q_len - WINDOW + 1, 0)
+        first = tl.maximum(first, oldest // BLOCK * BLOCK)
     taken = tl.load(part_base)
     length = tl.where((kv_len > 0) & (q_len > 0), tl.maximum(kv_len - first, 0), 0)
     tiles = (q_len * GROUP + BM - 1) // BM
@@ -76,15 +78,35 @@ def schedule(
     parts = tl.where(slots > 1, cuts * q_len * GROUP, 0)
     mine = seq == me
     at = tl.sum(tl.where(seq < me, count, 0), 0)
-    todo = tl.sum(tl.where(mine, count, 0), 0)
-    tl.store(slots_out + me, tl.sum(tl.where(mine, slots, 0), 0))
-    tl.store(parts_out + me, taken + tl.sum(tl.where(seq < me, parts, 0), 0))
+    part = taken + tl.sum(tl.where(seq < me, parts, 0), 0)
+    my_slots = tl.sum(tl.where(mine, slots, 0), 0)
+    tl.store(slots_out + me, my_slots)
+    tl.store(parts_out + me, part)
     if me == 0:
         tl.store(sizes_out, tl.sum(count, 0))
         tl.store(sizes_out + 1, chunk)
+
+    todo = tl.sum(tl.where(mine, count, 0), 0)
+    my_cuts = tl.maximum(tl.sum(tl.where(mine, cuts, 0), 0), 1)
+    my_tiles = tl.sum(tl.where(mine, tiles, 0), 0)
+    end = tl.sum(tl.where(mine, kv_len, 0), 0)
+    start = tl.sum(tl.where(mine, first, 0), 0)
+    q_at = tl.sum(tl.where(mine, q_first, 0), 0)
+    q_count = tl.sum(tl.where(mine, q_len, 0), 0)
     lane = tl.arange(0, 64)
     for k in range(0, todo, 64):
-        item = items_out + (at + k + lane) * 2
-        inside = k + lane < todo
-        tl.store(item, tl.zeros([64], tl.int32) + me, mask=inside)
-        tl.store(item + 1, k + lane, mask=inside)
+        local = k + lane
+        inside = local < todo
+        cut = local % my_cuts
+        lo = start + cut * chunk
+        item = items_out + (at + local) * ITEM_FIELDS
+        same = tl.zeros([64], tl.int32)
+        tl.store(item, same + me, mask=inside)
+        tl.store(item + 1, lo, mask=inside)
+        tl.store(item + 2, tl.minimum(lo + chunk, end), mask=inside)
+        tl.store(item + 3, same + end, mask=inside)
+        tl.store(item + 4, same + q_at, mask=inside)
+        tl.store(item + 5, same + q_count, mask=inside)
+        # Later tiles see more keys: longest first.
+        tl.store(item + 6, my_tiles - 1 - local // my_cuts, mask=inside)
+        tl.store(item + 7, tl.where(my_slots > 1, part + cut * q_count * GROUP, -1), mask=inside)

@@ -49,7 +49,7 @@ def walk(
     """Online softmax over keys `[lo, hi)` in tiles of BN; row i sees keys `low[i]..high[i]`.
 
     `pages` holds the page id(s) of the tile at `lo`; those of the tile at `hi` are returned (a
-    scalar when a tile lies in one page, else one id a key). Keys from `limit` on are never read.
+    scalar when a tile lies in one page, else one id a key). What lies behind `limit` may be anything, NaN too.
     """
     key = tl.arange(0, BN)
     d = tl.arange(0, BD)
@@ -72,15 +72,10 @@ def walk(
             vs_at = vs_base + page * vs_page_stride + row * vs_row_stride
             pages = tl.load(table + (pos + BN) // BLOCK, mask=pos + BN < limit, other=0)
 
-        # What lies behind the last key may be anything, NaN too: it must not be read.
-        if MASKED:
-            inside = (pos < limit)[:, None] & (d < D)[None, :]
-            k = tl.load(k_at, mask=inside, other=0.0)
-        elif D != BD:
-            inside = (key >= 0)[:, None] & (d < D)[None, :]
-            k = tl.load(k_at, mask=inside, other=0.0)
-        else:
+        if D == BD:
             k = tl.load(k_at)
+        else:
+            k = tl.load(k_at, mask=(key >= 0)[:, None] & (d < D)[None, :], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
         s = tl.dot(q, tl.trans(k.to(q.dtype)))
@@ -89,28 +84,31 @@ def walk(
             scale = tl.load(ks_at, mask=pos < limit, other=0.0).to(tl.float32)
             zero = tl.load(ks_at + 1, mask=pos < limit, other=0.0).to(tl.float32)
             s = (s - q_sum[:, None] * zero[None, :]) * scale[None, :]
+        unit = qk_scale
         if SOFTCAP > 0:
             # cap tanh(x / cap) = cap (1 - 2 / (exp(2 x / cap) + 1)), in base 2.
             e = tl.exp2(s * (qk_scale * (2.0 / SOFTCAP)))
-            s = (1.0 - 2.0 / (e + 1.0)) * (SOFTCAP * LOG2E)
-        else:
-            s = s * qk_scale
+            s = 1.0 - 2.0 / (e + 1.0)
+            unit = SOFTCAP * LOG2E
         if MASKED:
             seen = (pos[None, :] <= high[:, None]) & (pos[None, :] >= low[:, None])
             s = tl.where(seen & (pos < limit)[None, :], s, NEG_INF)
 
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * unit)
         if MASKED:
             base = tl.where(m_new == NEG_INF, 0.0, m_new)
         else:
             base = m_new
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(s * unit - base[:, None])
         alpha = tl.exp2(m - base)
         den = den * alpha + tl.sum(p, 1)
         m = m_new
 
-        if MASKED or D != BD:
-            v = tl.load(v_at, mask=inside, other=0.0)
+        # Scores of what lies behind the last key are masked above, but 0 * NaN is NaN.
+        if MASKED:
+            v = tl.load(v_at, mask=(pos < limit)[:, None] & (d < D)[None, :], other=0.0)
+        elif D != BD:
+            v = tl.load(v_at, mask=(key >= 0)[:, None] & (d < D)[None, :], other=0.0)
         else:
             v = tl.load(v_at)
         if UPCAST:

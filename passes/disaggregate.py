@@ -38,6 +38,8 @@ class Disaggregate(Pass):
     gives: ClassVar[str | None] = "placed"
 
     def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
+        if len(graph.target.workers) == 1:
+            return graph.replace(stage="placed")
         places = _Placer(graph).places()
         nodes = _Writer(graph, places).nodes()
         copies = sum(isinstance(node, KVMigrate) and node.to == DEVICE for node in nodes)

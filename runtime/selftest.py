@@ -7,7 +7,7 @@ from attrs import frozen
 
 from sagellm_ir.build import build
 from sagellm_ir.lowering.lower import lower
-from sagellm_ir.lowering.plan import ExecutionPlan
+from sagellm_ir.lowering.plan import ExecutionPlan, KVMove
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import PRESETS, Pipeline
 from sagellm_ir.request import Request, TokenPrompt
@@ -49,7 +49,7 @@ def self_test(seed: int | None = None) -> Iterator[SelfTest]:
     """
     seed = random.randrange(2**31) if seed is None else seed
     engine, target = _make(seed)
-    requests = _requests(random.Random(seed), target)
+    requests = _tight_requests(random.Random(seed), target)
     expected = {request.id: _from_scratch(engine, target, request) for request in requests}
     pipelines = [
         *PRESETS,
@@ -97,6 +97,15 @@ def _make(seed: int) -> tuple[InferenceBackend, Target]:
         tiers=(Tier("device", 16), Tier("host", 64)),
     )
     return EmbeddedEngine(model, target), target
+
+
+def _tight_requests(rng: random.Random, target: Target) -> list[Request]:
+    """Random requests that do not fit the pool: their plan has to move KV out of the way."""
+    for _ in range(100):
+        requests = _requests(rng, target)
+        if any(isinstance(a, KVMove) for s in _compile(requests, target, "O2").steps for a in s.kv):
+            return requests
+    raise AssertionError("a hundred draws of requests all fit the pool")
 
 
 def _requests(rng: random.Random, target: Target) -> list[Request]:

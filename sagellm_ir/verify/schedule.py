@@ -48,11 +48,11 @@ def steps_set(c: Columns) -> Iterator[Finding]:
         else:
             message = f"step {max(c.step[i], c.finish[i])} is not among the graph's {steps} steps"
         yield Finding(message, i)
-    for i in np.flatnonzero(c.is_decode).tolist():
-        node = c.nodes[i]
-        if isinstance(node, Decode) and node.until is None:
-            yield Finding("a decode of a scheduled graph has no 'until'", i)
+    for i in np.flatnonzero(c.is_decode & (c.until == NONE)).tolist():
+        yield Finding("a decode of a scheduled graph has no 'until'", i)
     limit = c.graph.target.max_loops
+    if 0 <= min(c.graph.loops, default=0) <= max(c.graph.loops, default=0) <= limit:
+        return
     for step, loops in enumerate(c.graph.loops):
         if not 0 <= loops <= limit:
             yield Finding(f"step {step} has {loops} forwards: expected 0 to {limit} (max_loops)")

@@ -65,12 +65,11 @@ class _Emitter:
             if isinstance(self.nodes[i], Decode):
                 ends[self.live.end[i]].append(i)
         for step in range(len(self.out)):
-            gone: set[int] = set()
+            instead: dict[int, list[IRNode]] = {}
             if step in self.batches:
-                gone = self._bring_back(self.batches[step], self.starts[step])
+                instead = self._bring_back(self.batches[step], self.starts[step])
             for i in self.starts[step]:
-                if i not in gone:
-                    self.out[step].append(self._rewired(i))
+                self.out[step] += instead[i] if i in instead else (self._rewired(i),)
                 if isinstance(self.nodes[i], Decode):
                     self.running[self.live.worker[i]].add(i)
             for i in ends[step]:
@@ -93,8 +92,8 @@ class _Emitter:
 
     # --- coming back ---
 
-    def _bring_back(self, batch: Batch, starts: list[int]) -> set[int]:
-        """Emits copies, fetches and prefills; returns the nodes that these stand for.
+    def _bring_back(self, batch: Batch, starts: list[int]) -> dict[int, list[IRNode]]:
+        """Emits copies, fetches and prefills; returns what nodes of this step are exchanged for.
 
         They run in the step that needs them. A prefill for which that has no room, and what has
         to be there before it, goes into steps put in before; decodes rest meanwhile.
@@ -103,12 +102,17 @@ class _Emitter:
         stay = self._stay(batch, readers)
         at: dict[int, int] = {}
         extras: list[Extra] = []
+        instead: dict[int, list[IRNode]] = {}
         for value, away in batch.values:
-            prefix = self.live.prefix[value]
-            made = self._returned(batch.step, value, away, readers.get(value), value in starts)
+            unstarted = value in starts
+            made = self._returned(batch.step, value, away, readers.get(value), unstarted)
+            if unstarted:
+                instead[value] = []
             if value in stay:
-                self.out[batch.step] += made
+                (instead[value] if unstarted else self.out[batch.step]).extend(made)
                 continue
+            prefix = self.live.prefix[value]
+            self._ahead(prefix, starts, extras, instead)
             first = at.get(prefix, 0)
             if prefix in at and away.store >= 0 and self.computed[prefix]:
                 first += 1  # a move cannot build on what the forward of its own step makes
@@ -119,7 +123,23 @@ class _Emitter:
             self.extra[batch.step] = extras
             for decode in self.running[self.live.worker[batch.values[0][0]]]:
                 self.cuts.setdefault(decode, []).append(batch.step)
-        return {value for value, _ in batch.values if value in starts}
+        return instead
+
+    def _ahead(
+        self,
+        value: int,
+        starts: list[int],
+        extras: list[Extra],
+        instead: dict[int, list[IRNode]],
+    ) -> None:
+        """Moves of this step that a step put in before it builds on run there."""
+        chain: list[int] = []
+        while value in starts and value not in instead:
+            chain.append(value)
+            value = self.live.prefix[value]
+        for node in reversed(chain):
+            self._into(extras, 0, self._rewired(node))
+            instead[node] = []
 
     def _readers(self, batch: Batch, starts: list[int]) -> dict[int, str]:
         """By value: the request of a prefill in this step that builds on it, if there is one."""

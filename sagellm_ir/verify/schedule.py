@@ -23,12 +23,15 @@ def no_steps_yet(c: Columns) -> Iterator[Finding]:
 
 
 def workers_of_stage(c: Columns) -> Iterator[Finding]:
-    """Workers are set by placing: on no node of a built graph, on all of a placed one."""
+    """Workers are set by placing: on no node of a built graph, on all of a placed one.
+
+    A single worker need not be named: then it is named on no node.
+    """
     stage, unset = c.graph.stage, c.worker == NONE
     if stage == "built":
         for i in np.flatnonzero(~unset).tolist():
             yield Finding("a node of a built graph has no worker yet", i)
-    elif stage == "placed" or not unset.all():
+    elif not unset.all() or (stage == "placed" and len(c.graph.target.workers) > 1):
         for i in np.flatnonzero(unset).tolist():
             yield Finding(f"a node of this {stage} graph has no worker", i)
 

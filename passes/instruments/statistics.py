@@ -1,13 +1,16 @@
 """`Statistics`: did my pass fire? What each pass counted, and how the graph's size changed."""
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from rich.table import Table
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.instruments.base import Instrument, PassRun
 from sagellm_ir.passes.pipeline import print_pass
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Statistics", "StatisticsRow", "op_delta"]
 
@@ -42,8 +45,10 @@ class Statistics(Instrument):
         spec, ops = print_pass(run.item), op_delta(run.graph, run.result)
         self.rows.append(StatisticsRow(spec, run.changed, dict(run.counts), ops))
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The rows, for a rich console."""
+        from rich.table import Table
+
         table = Table("pass", "changed", "did", "nodes", title="Statistics of passes")
         for row in self.rows:
             did = ", ".join(f"{count} {what}" for what, count in row.counts.items())

@@ -1,10 +1,14 @@
 """`Timing`: how long each pass took."""
 
+from typing import TYPE_CHECKING
+
 from attrs import field, frozen
-from rich.table import Table
 
 from sagellm_ir.passes.instruments.base import Instrument, PassRun
 from sagellm_ir.passes.pipeline import print_pass
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Timing", "TimingRow"]
 
@@ -33,8 +37,10 @@ class Timing(Instrument):
         row = TimingRow(spec, run.seconds, run.verify_seconds, nodes, run.changed)
         self.rows.append(row)
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The rows and their sum, for a rich console."""
+        from rich.table import Table
+
         table = Table("pass", "changed", title="Time of passes")
         for column in ("nodes", "ms", "verify ms"):
             table.add_column(column, justify="right")

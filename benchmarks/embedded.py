@@ -11,7 +11,6 @@ new ones each round.
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from attrs import asdict, define, field, frozen
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, StaticCache
@@ -198,21 +198,10 @@ def measure(
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return {
-        "cpu": name,
+    return describe("torch", "transformers") | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 
@@ -262,7 +251,7 @@ def main() -> None:
         path = export_folder("smollm2-135m", Path(folder))
         dtypes = options.dtypes.split(",")
         cells = [c for dtype in dtypes for c in measure(dtype, shapes, options.rounds, path)]
-    about["load_after"] = [round(x, 2) for x in os.getloadavg()]
+    about["load after"] = describe()["load"]
     show(cells, about)
     if options.json:
         found = [asdict(cell) | {"same_tokens": same} for cell, same in cells]

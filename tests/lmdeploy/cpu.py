@@ -236,9 +236,10 @@ def run(work: Callable[[], Awaitable[T]], timeout: float = 20.0) -> T:
     try:
         return loop.run_until_complete(bounded())
     finally:
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.close()
 
 

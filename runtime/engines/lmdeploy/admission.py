@@ -41,7 +41,7 @@ class Admission:
             before = self.kv.snapshot(seq)
             self.scheduler.block_trie.match(seq)
             known, computed = seq.num_all_ids, seq.num_history_ids
-            wanted = min(chunk.stop, known) - computed
+            wanted = (min(chunk.stop, known) if _can_split(seq) else known) - computed
             fits = not admitted or tokens + wanted <= budget
             if wanted <= 0:  # the trie held all of this chunk
                 continue
@@ -88,6 +88,14 @@ class Admission:
         others = chain(reversed(self.scheduler.hanging), reversed(self.scheduler.waiting))
         evictable = [other for other in others if other.seq_id not in members]
         return bool(self.scheduler.eviction_helper.evict_for_seq(seq, evictable, ahead))
+
+
+def _can_split(seq: Any) -> bool:
+    """Whether a prefill may end early: not when its logits, or the token it samples, have an effect."""
+    param = seq.sampling_param
+    seen = param.response_format or param.out_logits or param.num_logprobs >= 0
+    images = len(seq.history_embeddings) > 0 or not seq.history_multimodals.empty()
+    return not (seen or seq.return_routed_experts or images)
 
 
 class PartialPrefills:

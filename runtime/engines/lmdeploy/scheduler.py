@@ -17,7 +17,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
 from sagellm_ir.lowering.plan import Bind, KVMove, PlanStep
-from sagellm_ir.runtime.backend import EngineView, PlanSource
+from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, view_of
@@ -41,10 +41,16 @@ class PlanDriver:
         names: request ids by session; requests that are not in it are named `session-N`.
         overlap: ask for the next step while one is in flight. A finished plan can do so; a source
             that reads the view cannot, as sequences in flight are not in it.
+        hold: run nothing while the source gives nothing, instead of what LMDeploy would run.
     """
 
     def __init__(
-        self, engine: Any, source: PlanSource, names: Names | None = None, overlap: bool = False
+        self,
+        engine: Any,
+        source: PlanSource,
+        names: Names | None = None,
+        overlap: bool = False,
+        hold: bool = False,
     ) -> None:
         _check(engine)
         self.engine = engine
@@ -52,6 +58,9 @@ class PlanDriver:
         self.source = source
         self.names = names or Names()
         self.overlap = overlap
+        self.hold = hold
+        self.stats = EngineStats()
+        """What was scheduled, by plan and by LMDeploy, since the driver was made."""
         self.kv = KVManager(self.scheduler)
         self.admission = Admission(self.kv)
         self.rejected: list[str] = []
@@ -99,9 +108,25 @@ class PlanDriver:
             return _output([])
         output = self._planned(is_prefill, prealloc_size) if self._todo else None
         if output is None:
-            output = self._stock(is_prefill, prealloc_size)
+            output = _output([]) if self.hold else self._stock(is_prefill, prealloc_size)
         self._answer_aborted()
+        self._count(output, is_prefill)
         return output
+
+    def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
+        if not output.running:
+            return
+        if output.loop_count is None:
+            output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
+        tokens = sum(seq.num_token_ids for seq in output.running) * output.loop_count
+        self.stats = evolve(
+            self.stats,
+            steps=self.stats.steps + 1,
+            forwards=self.stats.forwards + output.loop_count,
+            prefill_tokens=self.stats.prefill_tokens + (tokens if is_prefill else 0),
+            decode_tokens=self.stats.decode_tokens + (0 if is_prefill else tokens),
+            moved_blocks=self.kv.counters.spilled + self.kv.counters.restored,
+        )
 
     def _is_in_flight(self) -> bool:
         return not self.overlap and self.scheduler.num_locked() > 0

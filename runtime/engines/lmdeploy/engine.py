@@ -1,0 +1,298 @@
+"""`LMDeployBackend`: LMDeploy's engine as an `InferenceBackend`. Its loop runs in a thread of its own."""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from attrs import define, evolve
+from lmdeploy.messages import GenerationConfig, PytorchEngineConfig, ResponseType
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import PlanRequest, PlanStep
+from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.backend import (
+    Capability,
+    EngineStats,
+    EngineView,
+    Finish,
+    PlanSource,
+    TokenEvent,
+)
+from sagellm_ir.runtime.engines.lmdeploy.online import target_of
+from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
+from sagellm_ir.runtime.engines.lmdeploy.view import Names, view_of
+from sagellm_ir.runtime.planner import PlanCursor
+from sagellm_ir.target import Target
+
+__all__ = ["LMDeployBackend"]
+
+T = TypeVar("T")
+
+
+@define
+class _Client:
+    """A submitted request, and how far its answer was read."""
+
+    request: PlanRequest
+    sampling: Sampling
+    session: int
+    read: int = 0
+    done: bool = False
+
+
+class _Nothing:
+    """A source with no steps."""
+
+    def next_step(self, view: EngineView) -> PlanStep | None:
+        """See `PlanSource`."""
+        return None
+
+
+class _OneStep:
+    """Gives one step; being asked again means that it has run."""
+
+    def __init__(self, step: PlanStep) -> None:
+        self._step: PlanStep | None = step
+        self.ran = threading.Event()
+
+    @property
+    def given(self) -> bool:
+        """Whether the engine took it."""
+        return self._step is None
+
+    def next_step(self, view: EngineView) -> PlanStep | None:
+        """See `PlanSource`."""
+        step, self._step = self._step, None
+        if step is None:
+            self.ran.set()
+        return step
+
+
+class LMDeployBackend:
+    """One LMDeploy engine, patched. It runs nothing but inside `stream` and `step`.
+
+    Token ids in, token ids out: text is the caller's. Use `close` or a `with` block to end it.
+
+    Args:
+        make: makes LMDeploy's `Engine`; called in the thread that runs it.
+        stop_at_eos: end an answer at the model's end token; else at the planned length.
+
+    Raises:
+        ValueError: the engine is one that plans cannot drive (see `PlanDriver`).
+    """
+
+    def __init__(self, make: Callable[[], Any], *, stop_at_eos: bool = True) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._stop_at_eos = stop_at_eos
+        self._names = Names()
+        self._sessions = itertools.count()
+        self._clients: dict[str, _Client] = {}
+        self._generated = 0
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self.engine = self._call(self._make(make))
+        self._driver = self._call(self._attach())
+
+    @classmethod
+    def load(cls, path: str, *, stop_at_eos: bool = True, **config: Any) -> "LMDeployBackend":
+        """Load a model folder; `config` is that of LMDeploy's `PytorchEngineConfig`."""
+        from lmdeploy.pytorch.engine import Engine
+
+        settings = PytorchEngineConfig(**{"enable_prefix_caching": True, **config})
+        return cls(lambda: Engine.from_pretrained(path, settings), stop_at_eos=stop_at_eos)
+
+    @property
+    def capability(self) -> Capability:
+        """See `InferenceBackend`."""
+        tiers = tuple(tier.name for tier in self.target.tiers)
+        tp = self.engine.dist_config.tp
+        return Capability(
+            "lmdeploy",
+            ("float16", "bfloat16"),
+            tiers,
+            block_size_multiple=16,
+            max_tp=tp,
+            mixed=False,
+        )
+
+    @property
+    def target(self) -> Target:
+        """What plans for this engine are compiled for; speeds are those of the default target."""
+        return target_of(self.engine)
+
+    def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
+        """Send a request to the engine, where it waits for steps.
+
+        Raises:
+            SageIRError: it has no tokens, stop strings (LMDeploy needs a tokenizer for them), or
+                the id of a request that was not released.
+        """
+        problem = ""
+        if request.tokens is None:
+            problem = "its token ids are missing"
+        elif sampling.stop:
+            problem = "stop strings are not supported: this engine sees no text"
+        elif request.id in self._clients:
+            problem = "a request of this id was not released"
+        if problem:
+            raise SageIRError(Diagnostic(f"request {request.id!r} cannot run: {problem}"))
+        client = _Client(request, sampling, next(self._sessions))
+        self._names.add(request.id, client.session)
+        self._clients[request.id] = client
+        asyncio.run_coroutine_threadsafe(self._read(client), self._loop)
+
+    def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
+        """Run a source's steps until every request has ended.
+
+        What the source leaves undone LMDeploy schedules by its own rules.
+        """
+        self._call(self._drive(source, hold=False))
+        try:
+            while (
+                not all(client.done for client in self._clients.values())
+                or not self._events.empty()
+            ):
+                yield self._events.get()
+        finally:
+            self._call(self._drive(_Nothing(), hold=True))
+
+    def step(self, step: PlanStep) -> list[TokenEvent]:
+        """Run one step; the tokens it made.
+
+        Raises:
+            SageIRError: the step cannot run.
+        """
+        rejected = len(self._driver.rejected)
+        one = _OneStep(step)
+        self._call(self._drive(one, hold=True))
+        while not one.ran.wait(0.01) and not self._are_done():
+            pass  # with nothing left to do the engine asks no more
+        events = []
+        while self._behind():
+            events.append(self._events.get())
+        problem = "" if one.given else "no request is waiting or running"
+        if len(self._driver.rejected) > rejected:
+            problem = self._driver.rejected[-1]
+        if problem:
+            raise SageIRError(Diagnostic(f"step {step.index} cannot run: {problem}"))
+        return events
+
+    def view(self) -> EngineView:
+        """See `InferenceBackend`."""
+        return self._call(self._view())
+
+    def abort(self, request: str) -> None:
+        """End a request; its rows are left out from now on."""
+        self._call(self._cancel(self._clients[request]))
+
+    def release(self, request: str) -> None:
+        """Forget a request that has ended; what LMDeploy cached of it stays until room is needed."""
+        client = self._clients.pop(request)
+        self._call(self.engine.create_instance().async_end(client.session))
+        self._names.forget(request)
+
+    def stats(self) -> EngineStats:
+        """Steps that LMDeploy scheduled by itself count too."""
+        return evolve(self._driver.stats, generated=self._generated)
+
+    def close(self) -> None:
+        """End the engine and its thread."""
+        self._call(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "LMDeployBackend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # In the engine's thread.
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _make(self, make: Callable[[], Any]) -> Any:
+        engine = make()
+        engine.start_loop()
+        return engine
+
+    async def _end(self) -> None:
+        self.engine.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _view(self) -> EngineView:
+        return view_of(self.engine.scheduler, self._names)
+
+    async def _attach(self) -> PlanDriver:
+        return PlanDriver(self.engine, _Nothing(), self._names, hold=True)
+
+    async def _cancel(self, client: _Client) -> None:
+        # LMDeploy forgets a stop that overtakes the request.
+        while not client.done and not self._names.sequence(
+            self.engine.scheduler, client.request.id
+        ):
+            await asyncio.sleep(0.001)
+        await self.engine.create_instance().async_cancel(client.session)
+
+    async def _drive(self, source: PlanSource, hold: bool) -> None:
+        self._driver.source, self._driver.hold = source, hold
+        self._driver.overlap = isinstance(source, PlanCursor)
+
+    def _are_done(self) -> bool:
+        return all(client.done for client in self._clients.values())
+
+    def _behind(self) -> bool:
+        """Whether tokens that were made have not been handed out."""
+
+        async def made() -> int:
+            seqs = [self._names.sequence(self.engine.scheduler, name) for name in self._clients]
+            return sum(seq.num_new_tokens for seq in seqs if seq is not None)
+
+        read = sum(client.read for client in self._clients.values())
+        return not self._events.empty() or self._call(made()) > read
+
+    async def _read(self, client: _Client) -> None:
+        """Turn the answer of one request into events."""
+        name, tokens = client.request.id, client.request.tokens
+        assert tokens is not None
+        instance = self.engine.create_instance()
+        answer = instance.async_stream_infer(
+            client.session, list(tokens), gen_config=self._generation(client)
+        )
+        async for out in answer:
+            ended = out.status != ResponseType.SUCCESS
+            for at, token in enumerate(out.token_ids):
+                last = ended and at == len(out.token_ids) - 1
+                whole = client.read + 1 == client.request.max_new_tokens
+                finish: Finish | None = ("length" if whole else "stop") if last else None
+                self._events.put(TokenEvent(name, int(token), index=client.read, finish=finish))
+                client.read += 1
+                self._generated += 1
+            if ended:
+                client.done = True
+                if not out.token_ids:
+                    finish = "stop" if out.status == ResponseType.FINISH else "abort"
+                    self._events.put(TokenEvent(name, None, index=client.read, finish=finish))
+
+    def _generation(self, client: _Client) -> GenerationConfig:
+        sampling = client.sampling
+        ends = list(self.engine.model_config.eos_token_id or []) if self._stop_at_eos else []
+        return GenerationConfig(
+            max_new_tokens=client.request.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            top_k=(sampling.top_k or 0) if sampling.temperature > 0 else 1,
+            random_seed=sampling.seed,
+            ignore_eos=not self._stop_at_eos,
+            stop_token_ids=ends,
+        )

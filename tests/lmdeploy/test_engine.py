@@ -1,0 +1,105 @@
+"""`LMDeployBackend`: plans compiled by us, run by LMDeploy's genuine engine on a CPU."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.lowering.plan import PlanRequest, PlanStep, PrefillChunk
+from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.backend import InferenceBackend
+from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
+from sagellm_ir.runtime.planner import OnlinePlanner
+from tests.lmdeploy.cpu import engine, oracle
+
+SHARED = tuple(range(100, 228))
+
+
+@pytest.fixture
+def backend() -> Iterator[LMDeployBackend]:
+    with LMDeployBackend(engine, stop_at_eos=False) as made:
+        yield made
+
+
+def request(name: str, tail: int, new: int = 12) -> PlanRequest:
+    tokens = (*SHARED, *[tail] * 20)
+    return PlanRequest(name, max_new_tokens=new, prompt_len=len(tokens), tokens=tokens)
+
+
+def right(asked: PlanRequest) -> list[int]:
+    assert asked.tokens is not None
+    return oracle(asked.tokens, asked.max_new_tokens)
+
+
+def test_it_is_an_inference_backend(backend: LMDeployBackend) -> None:
+    assert isinstance(backend, InferenceBackend)
+    assert backend.capability.engine == "lmdeploy"
+    assert not backend.target.mixed
+    assert backend.target.block_size == 16
+
+
+def test_the_online_planner_streams_right_answers(backend: LMDeployBackend) -> None:
+    planner = OnlinePlanner(backend.target)
+    asked = [request(f"r{i}", i) for i in range(6)]
+    for one in asked[:4]:
+        planner.submit(one)
+        backend.submit(one)
+    answers: dict[str, list[int]] = {one.id: [] for one in asked}
+    ends = {}
+    for event in backend.stream(planner):
+        assert event.token is not None
+        assert event.index == len(answers[event.request])
+        answers[event.request].append(event.token)
+        if event.finish:
+            ends[event.request] = event.finish
+        if len(answers["r0"]) == 2 and event.request == "r0":
+            for late in asked[4:]:
+                planner.submit(late)
+                backend.submit(late)
+    assert answers == {one.id: right(one) for one in asked}
+    assert set(ends.values()) == {"length"}
+    stats = backend.stats()
+    assert stats.prefill_tokens == 148 + 5 * 20
+    assert stats.forwards > stats.steps
+    for one in asked:
+        backend.release(one.id)
+    assert backend.view().waiting == backend.view().running == backend.view().finished == ()
+
+
+def test_steps_run_one_by_one(backend: LMDeployBackend) -> None:
+    one = request("r0", 5)
+    backend.submit(one)
+    [first] = backend.step(PlanStep(0, prefill=(PrefillChunk("r0", 0, 148),)))
+    more = backend.step(PlanStep(1, decode=("r0",), loops=4))
+    assert [first.token, *(event.token for event in more)] == right(one)[:5]
+    assert [event.index for event in more] == [1, 2, 3, 4]
+    [seen] = backend.view().running
+    assert (seen.computed, seen.generated) == (152, 5)
+    with pytest.raises(SageIRError, match="unknown requests"):
+        backend.step(PlanStep(2, decode=("ghost",)))
+    last = backend.step(PlanStep(3, decode=("r0",), loops=7))
+    assert last[-1].finish == "length"
+    with pytest.raises(SageIRError, match="no request is waiting or running"):
+        backend.step(PlanStep(4, decode=("r0",)))
+
+
+def test_a_request_can_be_aborted(backend: LMDeployBackend) -> None:
+    for name in ("r0", "r1"):
+        backend.submit(request(name, 5))
+    backend.abort("r1")
+    events = backend.step(PlanStep(0, prefill=(PrefillChunk("r0", 0, 148),)))
+    backend.abort("r0")
+    events += backend.stream(OnlinePlanner(backend.target))
+    ends = {name: [e.finish for e in events if e.request == name] for name in ("r0", "r1")}
+    assert ends == {"r0": [None, "abort"], "r1": ["abort"]}
+    assert {seen.id for seen in backend.view().finished} == {"r0", "r1"}
+
+
+def test_what_cannot_run_is_refused(backend: LMDeployBackend) -> None:
+    backend.submit(request("r0", 1))
+    with pytest.raises(SageIRError, match="was not released"):
+        backend.submit(request("r0", 1))
+    with pytest.raises(SageIRError, match="token ids are missing"):
+        backend.submit(PlanRequest("r1", prompt_len=4))
+    with pytest.raises(SageIRError, match="stop strings"):
+        backend.submit(request("r2", 1), Sampling(stop=("x",)))

@@ -5,15 +5,12 @@ from functools import cached_property
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 from attrs import frozen
 
 from sagellm_ir.graph import RequestDecl
+from sagellm_ir.verify.columns import Ints, Mask, first_places
 
-__all__ = ["BlockTable", "Ints", "RadixTree", "ends_run"]
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
+__all__ = ["BlockTable", "Cuts", "RadixTree", "ends_run"]
 
 
 @frozen(eq=False)
@@ -40,24 +37,35 @@ class BlockTable:
         """The request of each entry."""
         return np.repeat(np.arange(len(self.requests)), np.diff(self.first))
 
-    @cached_property
-    def stop(self) -> Ints:
-        """The token of its prompt that each entry ends before."""
-        place = np.arange(len(self.ids)) - self.first[self.owner]
-        return (place + 1) * self.block_size
+    def stops(self, entries: Ints) -> Ints:
+        """The tokens of their prompts that some entries end before."""
+        return (entries - self.first[self.owner[entries]] + 1) * self.block_size
 
     @cached_property
     def shareable(self) -> Mask:
         """Entries that a request may take from elsewhere: the last token of a prompt must be
         computed, because the first new token comes out of it."""
+        count = np.diff(self.first)
         lengths = np.fromiter((request.prompt_len for request in self.requests), np.int64)
-        return self.stop < lengths[self.owner]
+        whole = (count > 0) & (count * self.block_size >= lengths)
+        shareable: Mask = np.ones(len(self.ids), dtype=bool)
+        shareable[self.first[1:][whole] - 1] = False
+        return shareable
 
-    def parts(self, entries: Ints) -> dict[str, slice]:
-        """Which of some ascending entries belong to which request, for those that have any."""
-        edges = np.searchsorted(entries, self.first).tolist()
-        spans = zip(self.requests, edges[:-1], edges[1:], strict=True)
-        return {request.id: slice(low, high) for request, low, high in spans if low < high}
+    @cached_property
+    def last(self) -> Mask:
+        """Entries that are the last of their request."""
+        last: Mask = np.zeros(len(self.ids) + 1, dtype=bool)
+        last[self.first[1:] - 1] = True
+        return last[:-1]
+
+    def parts(self, entries: Ints) -> dict[str, tuple[int, int]]:
+        """Which of some ascending entries belong to which request, for those that have any: the
+        first one, and one past the last."""
+        edges = np.searchsorted(entries, self.first)
+        some = np.flatnonzero(edges[1:] > edges[:-1])
+        spans = zip(edges[some].tolist(), edges[some + 1].tolist(), strict=True)
+        return dict(zip((self.requests[i].id for i in some.tolist()), spans, strict=True))
 
 
 @frozen(eq=False)
@@ -69,10 +77,10 @@ class RadixTree:
     """
 
     table: BlockTable
-    number: Ints
-    """For each entry of the table, a dense number for its block id."""
-    block: Ints
-    """For each boundary, the number of the block it lies behind."""
+    behind: Ints
+    """The entries of the table that have a boundary behind them."""
+    boundary: Ints
+    """Which boundary that is, for each of `behind`."""
     stop: Ints
     """For each boundary, the tokens above it."""
     parent: Ints
@@ -82,44 +90,55 @@ class RadixTree:
 
     @classmethod
     def of(cls, table: BlockTable) -> "RadixTree":
-        """The tree of some prompts, by sorting their block ids: an id stands for a whole chain.
+        """The tree of some prompts: a block id stands for a whole chain, so it tells the node.
 
         Down a prompt the set of a block's followers only shrinks, so it changes where its size
         does. There is a boundary behind each last block with a set that is not empty.
         """
-        ids, lead, number = np.unique(table.ids, return_index=True, return_inverse=True)
-        leads = np.zeros(len(table.ids), dtype=bool)
-        leads[lead] = True
-        follows = table.shareable & ~leads
-        size = np.bincount(number[follows], minlength=len(ids))[number]
-        last = ends_run(size) | ends_run(table.owner)
-        boundary = np.flatnonzero(leads & last & (size > 0))
-        index = np.full(len(ids), -1)
-        index[number[boundary]] = np.arange(len(boundary))
-        behind = np.flatnonzero(index[number] >= 0)
-        at = np.searchsorted(behind, boundary)
-        above = behind[np.maximum(at - 1, 0)]
-        inner = (at > 0) & (table.owner[above] == table.owner[boundary])
-        followed = behind[follows[behind]]
-        parting = followed[ends_run(table.owner[followed])]
+        lead = first_places(table.ids)
+        follows = table.shareable & (lead != np.arange(len(lead)))
+        size = np.bincount(lead[follows], minlength=len(lead))
+        # Only leaders' entries have a size here; a leader's blocks that it follows in end before.
+        last = np.flatnonzero((size > 0) & (ends_run(size) | table.last))
+        index = np.full(len(lead), -1)
+        index[last] = np.arange(len(last))
+        found = index[lead]
+        behind = np.flatnonzero(found >= 0)
+        boundary, owner = found[behind], table.owner[behind]
+        at = np.searchsorted(behind, last)
+        above = np.maximum(at - 1, 0)
+        inner = (at > 0) & (owner[above] == owner[at])
+        followed = np.flatnonzero(follows[behind])
+        parting = followed[ends_run(owner[followed])]
         return cls(
             table,
-            number,
-            block=number[boundary],
-            stop=table.stop[boundary],
-            parent=np.where(inner, index[number[above]], -1),
-            followers=np.bincount(index[number[parting]], minlength=len(boundary)),
+            behind,
+            boundary,
+            stop=table.stops(last),
+            parent=np.where(inner, boundary[above], -1),
+            followers=np.bincount(boundary[parting], minlength=len(last)),
         )
 
-    def cuts(self, boundaries: Sequence[int]) -> dict[str, tuple[list[int], list[int]]]:
-        """For each request that has some of these boundaries, the tokens and block numbers they
-        lie behind, in ascending order."""
-        wanted = np.zeros(len(self.number) + 1, dtype=bool)
-        wanted[self.block[boundaries]] = True
-        entries = np.flatnonzero(wanted[self.number])
-        stops, numbers = self.table.stop[entries].tolist(), self.number[entries].tolist()
-        parts = self.table.parts(entries).items()
-        return {request: (stops[part], numbers[part]) for request, part in parts}
+    def cuts(self, boundaries: Sequence[int]) -> "Cuts":
+        """Where these boundaries cut the prompts."""
+        wanted = np.zeros(len(self.stop), dtype=bool)
+        wanted[boundaries] = True
+        chosen = wanted[self.boundary]
+        entries = self.behind[chosen]
+        stops, numbers = self.table.stops(entries).tolist(), self.boundary[chosen].tolist()
+        return Cuts(stops, numbers, self.table.parts(entries))
+
+
+@frozen(eq=False)
+class Cuts:
+    """The boundaries in prompts, in ascending order, prompt by prompt."""
+
+    stops: list[int]
+    """The tokens each lies behind."""
+    boundaries: list[int]
+    """Which boundary each is."""
+    parts: dict[str, tuple[int, int]]
+    """Which of them lie in the prompt of a request: the first, and one past the last."""
 
 
 def ends_run(values: Ints) -> Mask:

@@ -38,7 +38,7 @@ class Canonicalize(Pass):
         graph = _drop_dead(graph, ctx)
         graph = _fold(graph, ctx)
         nodes = tuple(topological(graph.nodes, canonical_ranks(graph, graph.requests)))
-        if nodes != graph.nodes and ctx.may_rewrite():
+        if nodes is not graph.nodes and nodes != graph.nodes and ctx.may_rewrite():
             ctx.count("sorted graphs")
             return graph.replace(nodes=nodes)
         return graph

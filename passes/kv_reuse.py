@@ -12,9 +12,10 @@ from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import CachedBlocks, IRGraph
 from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, Origin, Prefill
 from sagellm_ir.passes.base import Pass, PassContext
-from sagellm_ir.passes.blocks import BlockTable, Ints, ends_run
+from sagellm_ir.passes.blocks import BlockTable, ends_run
 from sagellm_ir.passes.rewrite import Names, finish, sources
 from sagellm_ir.target import DEVICE
+from sagellm_ir.verify.columns import Ints
 
 __all__ = ["KVReuse"]
 
@@ -114,9 +115,9 @@ def _hits(graph: IRGraph) -> dict[str, Hits]:
     tiers = sorted(names, key=lambda tier: (tier != DEVICE, cost.transfer(1, tier), tier))
     level = _levels_of_best_worker(table, graph.cache, tiers)
     ends = np.flatnonzero((level >= 0) & (ends_run(level) | ends_run(table.owner)))
-    stops, found = table.stop[ends].tolist(), [tiers[i] for i in level[ends].tolist()]
+    stops, found = table.stops(ends).tolist(), [tiers[i] for i in level[ends].tolist()]
     runs = list(zip(stops, found, strict=True))
-    return {request: runs[part] for request, part in table.parts(ends).items()}
+    return {request: runs[low:high] for request, (low, high) in table.parts(ends).items()}
 
 
 def _levels_of_best_worker(

@@ -8,14 +8,14 @@ from attrs import define, field, frozen, validators
 
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph, RequestDecl
-from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, KVNode, Prefill
+from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.passes.base import Pass, PassContext
-from sagellm_ir.passes.blocks import BlockTable, RadixTree
+from sagellm_ir.passes.blocks import BlockTable, Cuts, RadixTree
 from sagellm_ir.passes.rewrite import (
     Names,
-    canonical_ranks,
     finish,
     merge,
+    part,
     sources,
     split,
     topological,
@@ -23,6 +23,9 @@ from sagellm_ir.passes.rewrite import (
 from sagellm_ir.target import DEVICE
 
 __all__ = ["PrefixDedup"]
+
+_PROMPT = (Prefill, KVFetch, KVMigrate)
+"""Nodes whose values others may use; only those of decodes can not be shared."""
 
 
 @frozen
@@ -75,7 +78,7 @@ class PrefixDedup(Pass):
         if not kept:
             return graph, False
         sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
-        for node in topological(graph.nodes, canonical_ranks(graph, order)):
+        for node in topological(graph.nodes, _ranks(graph, order)):
             sharing.visit(node)
         if not sharing.changed:
             return graph, False
@@ -102,23 +105,35 @@ def _leaders_first(graph: IRGraph) -> list[RequestDecl]:
     return sorted(graph.requests, key=lambda r: (r.arrival, r.id in waiting, -r.priority))
 
 
+def _ranks(graph: IRGraph, order: list[RequestDecl]) -> list[int]:
+    """The place of each node's request; what is no KV stays behind the node before it."""
+    places = {request.id: i for i, request in enumerate(order)}
+    ranks, place = [], 0
+    for node in graph.nodes:
+        if isinstance(node, KVNode):
+            place = places[node.request]
+        ranks.append(place)
+    return ranks
+
+
 @define
 class _Sharing:
     """Rewrites nodes, visited in topological order, so that operands are always earlier ones."""
 
     graph: IRGraph
-    cuts: dict[str, tuple[list[int], list[int]]]
+    cuts: Cuts
     ctx: PassContext
     by: str
     nodes: list[IRNode] = field(factory=list)
     gone: dict[str, tuple[str, ...]] = field(factory=dict)
     idle: set[str] = field(factory=set)
     values: dict[int, str] = field(factory=dict)
-    """By block, the value that ends with it."""
+    """By boundary, the value that ends there."""
     hits: dict[str, int] = field(factory=dict)
-    """By request, how far others had computed its prompt when its first node was visited."""
+    """By request, behind which of the cuts that others had computed in its prompt when its first
+    node was visited."""
     waits: dict[str, tuple[str, ...]] = field(factory=dict)
-    """By node, the order edges of it and its ancestors in its request."""
+    """By node, the order edges of it and its ancestors in its request, if there are any."""
     changed: bool = False
     again: bool = False
     """Whether an edge between requests was taken away."""
@@ -136,76 +151,82 @@ class _Sharing:
             return
         if self.gone and not self.gone.keys().isdisjoint(node.operands):
             self.again = True
-        if not isinstance(node, KVNode) or node.request not in self.cuts:
-            self.nodes.append(node)
-            return
-        self.wait(node)
-        if self.rewritable(node):
-            assert isinstance(node, (Prefill, KVFetch))
-            self.share(node)
+        if isinstance(node, _PROMPT) and node.request in self.cuts.parts:
+            if node.after or self.waits:
+                self.wait(node)
+            if not isinstance(node, KVMigrate) and self.rewritable(node):
+                self.share(node)
+            else:
+                self.keep(node)
         else:
-            self.keep(node)
+            self.nodes.append(node)
 
-    def rewritable(self, node: KVNode) -> bool:
+    def rewritable(self, node: Prefill | KVFetch) -> bool:
         """Whether it computes or pins a part of the prompt, and no move copies that."""
         if node.name in self.copied:
             return False
-        return isinstance(node, Prefill) or (isinstance(node, KVFetch) and node.source is None)
+        return isinstance(node, Prefill) or node.source is None
 
     def wait(self, node: KVNode) -> None:
         """Notes the order edges of a node and its ancestors in its request."""
         prefix = self.graph.by_name.get(node.prefix or "")
         inherited = isinstance(prefix, KVNode) and prefix.request == node.request
         above = self.waits.get(prefix.name, ()) if prefix and inherited else ()
-        self.waits[node.name] = merge(above, node.after) if node.after else above
+        if node.after or above:
+            self.waits[node.name] = merge(above, node.after)
 
     def keep(self, node: KVNode) -> None:
         """Takes a node as it is; from now on others may use its value."""
         self.nodes.append(node)
-        stops, blocks = self.cuts[node.request]
-        at = bisect_left(stops, node.stop)
-        if at < len(stops) and stops[at] == node.stop and node.tier == DEVICE:
-            self.values.setdefault(blocks[at], node.name)
+        stops, (low, high) = self.cuts.stops, self.cuts.parts[node.request]
+        at = bisect_left(stops, node.stop, low, high)
+        if at < high and stops[at] == node.stop and node.tier == DEVICE:
+            self.values.setdefault(self.cuts.boundaries[at], node.name)
 
     def share(self, node: Prefill | KVFetch) -> None:
         """Replaces what others compute of a node by their value, and cuts the rest where the
         node's request leads."""
-        stops, blocks = self.cuts[node.request]
+        stops, boundaries = self.cuts.stops, self.cuts.boundaries
+        low, high = self.cuts.parts[node.request]
         computed = self.computed(node.request)
-        at = bisect_left(stops, node.stop)
-        if at < computed and stops[at] == node.stop and blocks[at] in self.values:
+        at = bisect_left(stops, node.stop, low, high)
+        if at < computed and stops[at] == node.stop and boundaries[at] in self.values:
             self.skip(node)
-            self.gone[node.name] = merge((self.values[blocks[at]],), self.waits[node.name])
+            waits = self.waits.get(node.name, ())
+            self.gone[node.name] = merge((self.values[boundaries[at]],), waits)
             self.count("nodes shared", node, node.stop)
             return
-        if at >= computed > 0 and stops[computed - 1] > node.start:
+        if at >= computed > low and stops[computed - 1] > node.start:
             self.skip(node)
             self.count("prefixes shared", node, stops[computed - 1])
-            node = node.replace(
-                start=stops[computed - 1],
-                operands=(self.values[blocks[computed - 1]],),
-                after=self.waits[node.name],
-            )
-        first = max(bisect_right(stops, node.start), computed)
+            prefix = self.values[boundaries[computed - 1]]
+            waits = self.waits.get(node.name, ())
+            node = part(node, node.name, stops[computed - 1], node.stop, (prefix,), waits)
+        first = max(bisect_right(stops, node.start, low, high), computed)
         cuts = stops[first:at]
-        if cuts:
-            self.changed = True
-            self.ctx.count("prefixes led", len(cuts))
+        if not cuts:
+            self.keep(node)
+            return
+        self.changed = True
+        self.ctx.count("prefixes led", len(cuts))
         for piece in split(node, cuts, self.names.numbered(f"{node.name}.s"), self.by):
             self.keep(piece)
 
     def computed(self, request: str) -> int:
-        """How many of its boundaries lie in what others had computed before its first node."""
+        """Behind which of the cuts in its prompt that others had computed before its first node."""
         if request not in self.hits:
-            stops, blocks = self.cuts[request]
-            count = bisect_left(stops, self.graph.request[request].prompt_len)
-            while count and blocks[count - 1] not in self.values:
-                count -= 1
-            self.hits[request] = count
+            low, end = self.cuts.parts[request]
+            if self.cuts.stops[end - 1] == self.graph.request[request].prompt_len:
+                end -= 1
+            while end > low and self.cuts.boundaries[end - 1] not in self.values:
+                end -= 1
+            self.hits[request] = end
         return self.hits[request]
 
     def skip(self, node: KVNode) -> None:
         """Notes that a node no longer needs its ancestors."""
+        if not node.start:
+            return
         prefix = self.graph.by_name.get(node.prefix or "")
         while isinstance(prefix, KVNode) and prefix.name not in self.idle:
             if prefix.request != node.request:

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Any, TypeVar
+from operator import le
+from typing import Any, TypeVar, cast
 
 from sagellm_ir.graph import IRGraph, RequestDecl
 from sagellm_ir.nodes import (
@@ -26,6 +27,7 @@ __all__ = [
     "canonical_ranks",
     "finish",
     "merge",
+    "part",
     "sources",
     "split",
     "topological",
@@ -79,13 +81,40 @@ def split(node: Piece, cuts: Sequence[int], names: Iterable[str], by: str) -> li
     origin = Origin(by, (node.name,))
     pieces, operands, after, start = [], node.operands, node.after, node.start
     for stop, name in zip(cuts, names):  # noqa: B905  (names may be endless)
-        piece = node.replace(
-            name=name, start=start, stop=stop, operands=operands, after=after, origin=origin
-        )
-        pieces.append(piece)
+        pieces.append(part(node, name, start, stop, operands, after, origin))
         operands, after, start = (name,), (), stop
-    pieces.append(node.replace(start=start, operands=operands, after=after))
+    pieces.append(part(node, node.name, start, node.stop, operands, after))
     return pieces
+
+
+def part(
+    node: Piece,
+    name: str,
+    start: int,
+    stop: int,
+    operands: tuple[str, ...],
+    after: tuple[str, ...],
+    origin: Origin | None = None,
+) -> Piece:
+    """A node like another, for another span. `origin` None means that of the other one."""
+    origin = origin or node.origin
+    if type(node) is Prefill:  # nearly all are, and `replace` takes twice as long
+        prefill = Prefill(
+            name,
+            node.request,
+            start,
+            stop,
+            operands=operands,
+            after=after,
+            step=node.step,
+            worker=node.worker,
+            loc=node.loc,
+            origin=origin,
+        )
+        return cast(Piece, prefill)
+    return node.replace(
+        name=name, start=start, stop=stop, operands=operands, after=after, origin=origin
+    )
 
 
 def sources(graph: IRGraph) -> set[str]:
@@ -99,28 +128,45 @@ def canonical_ranks(graph: IRGraph, requests: Sequence[RequestDecl]) -> list[tup
     """A unique rank for each node: by request, in the order given, then span, kind and name. What
     is no KV stands behind the last of its operands."""
     places = {request.id: i for i, request in enumerate(requests)}
-    kinds = {kind: i for i, kind in enumerate(KINDS)}
-    ranks: dict[str, tuple[Any, ...]] = {}
-    for node in graph.nodes:
-        kind = kinds.get(node.kind, len(kinds))
-        if isinstance(node, KVNode):
-            ranks[node.name] = (places[node.request], node.start, node.stop, kind, node.name)
-        else:
-            last = max((ranks[name][:3] for name in node.operands), default=(0, 0, 0))
-            ranks[node.name] = (*last, kind, node.name)
-    return list(ranks.values())
+    kinds = {cls: i for i, cls in enumerate(KINDS.values())}
+    other = len(kinds)
+    ranks = [
+        (places[node.request], node.start, node.stop, kinds.get(type(node), other), node.name)
+        if isinstance(node, KVNode)
+        else ()
+        for node in graph.nodes
+    ]
+    if () in ranks:
+        known = dict(zip(graph.by_name, ranks, strict=True))
+        for i, node in enumerate(graph.nodes):
+            if not ranks[i]:
+                last = max((known[name][:3] for name in node.operands), default=(0, 0, 0))
+                ranks[i] = known[node.name] = (*last, kinds.get(type(node), other), node.name)
+    return ranks
 
 
-def topological(nodes: Sequence[IRNode], ranks: Sequence[Any]) -> list[IRNode]:
+def topological(
+    nodes: Sequence[IRNode], ranks: Sequence[Any], *, ordered: bool = True
+) -> Sequence[IRNode]:
     """The nodes with operands and `after` before their users; among those that may come next, the
     one of least rank. When ranks are unique the order depends on nothing else.
 
     Kahn's algorithm (CACM 5(11), 1962) over a heap, unless sorting by rank is enough.
+
+    Args:
+        nodes: what to sort.
+        ranks: of each node.
+        ordered: whether operands and `after` stand before their users already.
     """
+    if ordered and all(map(le, ranks, ranks[1:])):
+        return nodes
     ranked = [nodes[i] for i in sorted(range(len(nodes)), key=ranks.__getitem__)]
     seen: set[str] = set()
     for node in ranked:
-        if not (seen.issuperset(node.operands) and seen.issuperset(node.after)):
+        for name in node.operands:
+            if name not in seen:
+                return _kahn(ranked)
+        if node.after and not seen.issuperset(node.after):
             return _kahn(ranked)
         seen.add(node.name)
     return ranked
@@ -163,15 +209,19 @@ def finish(
         idle: nodes to leave out if nothing uses them any more.
     """
     gone = _resolve(gone or {})
-    kept = [_redirect(node, gone) for node in nodes]
+    kept = [_redirect(node, gone) for node in nodes] if gone else list(nodes)
     if idle:
         kept = _without(kept, idle)
     placed = _with_collectives(graph, kept, gone)
     old = {node.name: i for i, node in enumerate(graph.nodes)}
-    ranks, place = [0] * len(placed), len(old)
-    for i in range(len(placed) - 1, -1, -1):
-        ranks[i] = place = old.get(placed[i].name, place)
-    return graph.replace(nodes=tuple(topological(placed, ranks)))
+    ranks = [old.get(node.name, -1) for node in placed]
+    place = len(old)
+    for i in range(len(ranks) - 1, -1, -1):
+        if ranks[i] == -1:
+            ranks[i] = place
+        else:
+            place = ranks[i]
+    return graph.replace(nodes=tuple(topological(placed, ranks, ordered=placed is kept)))
 
 
 def _resolve(gone: Gone) -> Gone:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any
+from itertools import chain, compress, repeat
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.target import DEVICE
 
-__all__ = ["NONE", "Columns", "Edges", "Ints", "Mask"]
+__all__ = ["NONE", "Columns", "Edges", "Ints", "Mask", "first_places"]
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -22,7 +22,7 @@ NONE = -1
 
 _IDS = 1 << 63
 
-_PREFILL, _DECODE, _FETCH, _MIGRATE, _ALLREDUCE = range(1, 6)
+_OTHER, _PREFILL, _DECODE, _FETCH, _MIGRATE, _ALLREDUCE = range(6)
 _CODES: dict[type[IRNode], int] = {
     Prefill: _PREFILL,
     Decode: _DECODE,
@@ -36,16 +36,49 @@ def _ints(values: Iterable[Any]) -> Ints:
     return np.fromiter(values, dtype=np.int64)
 
 
+def _indexes(values: list[Any], index: dict[Any, int]) -> Ints:
+    """Where an index has some names; `NONE` where it does not."""
+    if values.count(None) == len(values):
+        return np.full(len(values), NONE, dtype=np.int64)
+    return _ints(map(index.get, values, repeat(NONE)))
+
+
+def _steps(values: list[int | None]) -> Ints:
+    """Steps, and `NONE` for None."""
+    unset = values.count(None)
+    if unset == len(values):
+        return np.full(unset, NONE, dtype=np.int64)
+    return _ints([NONE if step is None else step for step in values] if unset else values)
+
+
+def first_places(ids: Ints) -> Ints:
+    """For each of some ids >= 0, where it stands first. Ids are usually small: a table is enough."""
+    if not len(ids) or int(ids.max()) < 8 * len(ids):
+        table = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.int64)
+        table[ids[::-1]] = np.arange(len(ids) - 1, -1, -1)
+        return table[ids]
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    return first[which]
+
+
 class Edges:
     """Edges from nodes to the nodes they name."""
 
     def __init__(self, lists: Sequence[tuple[str, ...]], index: dict[str, int]) -> None:
         self.count = _ints(map(len, lists))
         """For each node, how many names it gives."""
+        self.start = np.cumsum(self.count) - self.count
+        """For each node, its first edge, if it has one."""
         self.user = np.repeat(np.arange(len(lists)), self.count)
-        self.names = [name for names in lists for name in names]
-        self.target = _ints([index.get(name, NONE) for name in self.names])
+        self.names = list(chain.from_iterable(lists))
+        self.target = _ints(map(index.get, self.names, repeat(NONE)))
         """For each edge, the node it names; `NONE` when there is no such node."""
+
+    def nth(self, nodes: Mask, place: Ints | int) -> Ints:
+        """What some nodes name at some place of their list; `NONE` for the other nodes."""
+        found: Ints = np.full(len(nodes), NONE, dtype=np.int64)
+        found[nodes] = self.target[(self.start + place)[nodes]]
+        return found
 
 
 class Columns:
@@ -53,6 +86,7 @@ class Columns:
 
     Arrays over names (`prefix`, `request`, ...) hold indexes, and `NONE` where there is nothing.
     What stands behind the structure laws (`prefix` and later) needs a graph that obeys them.
+    Each field of each node is read once, and properties of nodes are worked out of these.
     """
 
     def __init__(self, graph: IRGraph, known: IRGraph | None = None) -> None:
@@ -60,10 +94,10 @@ class Columns:
         self.nodes = nodes = graph.nodes
         self.known = known
         self.names = [node.name for node in nodes]
-        self.index = {name: i for i, name in enumerate(self.names)}
+        self.index = dict(zip(self.names, range(len(nodes)), strict=True))
         self.operands = Edges([node.operands for node in nodes], self.index)
         self.after = Edges([node.after for node in nodes], self.index)
-        codes = np.fromiter((_CODES.get(type(node), 0) for node in nodes), dtype=np.int8)
+        codes = np.fromiter(map(_CODES.get, map(type, nodes), repeat(_OTHER)), dtype=np.int8)
         self.is_prefill: Mask = codes == _PREFILL
         self.is_decode: Mask = codes == _DECODE
         self.is_fetch: Mask = codes == _FETCH
@@ -71,14 +105,20 @@ class Columns:
         self.is_allreduce: Mask = codes == _ALLREDUCE
         self.is_move: Mask = self.is_fetch | self.is_migrate
         self.is_forward: Mask = self.is_prefill | self.is_decode
-        self.kv = [node for node in nodes if isinstance(node, KVNode)]
-        self.is_kv: Mask = np.fromiter((isinstance(node, KVNode) for node in nodes), dtype=bool)
-        self.kv_at: Ints = np.flatnonzero(self.is_kv)
+        self.is_kv: Mask = self.is_forward | self.is_move
+        for i in np.flatnonzero(codes == _OTHER).tolist():
+            self.is_kv[i] = isinstance(nodes[i], KVNode)
         self.request_index = {request.id: i for i, request in enumerate(graph.requests)}
         self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
         self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
-        self.prompt = _ints(request.prompt_len for request in graph.requests)
-        self.end = _ints(request.stop for request in graph.requests)
+        self.prompt = _ints([request.prompt_len for request in graph.requests])
+        self.end = _ints([request.stop for request in graph.requests])
+
+    @cached_property
+    def kv(self) -> Sequence[Any]:
+        """The KV nodes, in order."""
+        every = bool(self.is_kv.all())
+        return self.nodes if every else list(compress(self.nodes, self.is_kv.tolist()))
 
     @cached_property
     def ids(self) -> Ints:
@@ -111,12 +151,13 @@ class Columns:
     def _spread(self, values: Iterable[Any], default: int = NONE) -> Ints:
         """Values of the KV nodes, with a default for the other nodes."""
         column: Ints = np.full(len(self.nodes), default, dtype=np.int64)
-        column[self.kv_at] = _ints(values)
+        column[self.is_kv] = _ints(values)
         return column
 
     @cached_property
     def request(self) -> Ints:
-        return self._spread([self.request_index.get(node.request, NONE) for node in self.kv])
+        names = [node.request for node in self.kv]
+        return self._spread(map(self.request_index.get, names, repeat(NONE)))
 
     @cached_property
     def start(self) -> Ints:
@@ -127,16 +168,22 @@ class Columns:
         return self._spread([node.stop for node in self.kv], 0)
 
     @cached_property
+    def named_workers(self) -> list[str | None]:
+        """The worker of each node, as the node names it."""
+        return [node.worker for node in self.nodes]
+
+    @cached_property
     def worker(self) -> Ints:
         """Worker of each node; unknown ones count as none."""
-        workers = self.worker_index
-        return _ints([workers.get(node.worker or "", NONE) for node in self.nodes])
+        return _indexes(self.named_workers, self.worker_index)
 
     @cached_property
     def tier(self) -> Ints:
         """The tier each KV lives in."""
-        tiers = self.tier_index
-        return self._spread([tiers.get(node.tier, NONE) for node in self.kv])
+        tier = np.where(self.is_kv, self.device, NONE)
+        for i in np.flatnonzero(self.is_kv & ~self.is_forward & ~self.is_fetch).tolist():
+            tier[i] = self.tier_index.get(cast(KVNode, self.nodes[i]).tier, NONE)
+        return tier
 
     @property
     def device(self) -> int:
@@ -145,33 +192,33 @@ class Columns:
 
     @cached_property
     def prefix(self) -> Ints:
-        """What holds `[0, start)` for each KV node."""
-        index = self.index
-        return self._spread([index.get(node.prefix or "", NONE) for node in self.kv])
+        """What holds `[0, start)` for each KV node: the last operand, behind a source if any."""
+        some = np.where(self.is_migrate, self.operands.count > 1, self.start > 0)
+        some &= self.is_kv & (self.operands.count > 0)
+        return self.operands.nth(some, self.operands.count - 1)
 
     @cached_property
     def source(self) -> Ints:
         """What each move copies."""
-        found: Ints = np.full(len(self.nodes), NONE, dtype=np.int64)
-        for i in np.flatnonzero(self.is_move).tolist():
-            node = self.nodes[i]
-            if isinstance(node, (KVFetch, KVMigrate)) and node.source is not None:
-                found[i] = self.index.get(node.source, NONE)
-        return found
+        prefix = self.is_fetch & (self.start > 0)
+        return self.operands.nth(self.is_move & (self.operands.count > prefix), 0)
 
     @cached_property
     def step(self) -> Ints:
-        return _ints([NONE if node.step is None else node.step for node in self.nodes])
+        return _steps([node.step for node in self.nodes])
+
+    @cached_property
+    def until(self) -> Ints:
+        """The last step of each decode that has one."""
+        until: Ints = np.full(len(self.nodes), NONE, dtype=np.int64)
+        decodes = compress(self.nodes, self.is_decode.tolist())
+        until[self.is_decode] = _steps([cast(Decode, node).until for node in decodes])
+        return until
 
     @cached_property
     def finish(self) -> Ints:
         """The last step each node runs in: its step, and `until` of a decode that has one."""
-        last = self.step.copy()
-        for i in np.flatnonzero(self.is_decode).tolist():
-            node = self.nodes[i]
-            if isinstance(node, Decode) and node.until is not None:
-                last[i] = node.until
-        return last
+        return np.where(self.until == NONE, self.step, self.until)
 
     @cached_property
     def forwards(self) -> Ints:

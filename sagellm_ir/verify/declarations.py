@@ -9,7 +9,7 @@ import numpy as np
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import Columns, Ints
+from sagellm_ir.verify.columns import Columns, Ints, first_places
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]
@@ -115,7 +115,7 @@ def chained_blocks(c: Columns) -> Iterator[Finding]:
     parent = np.roll(c.ids, 1)
     some = c.id_count > 0
     parent[c.id_start[some]] = ~c.space[some]
-    first = _first_places(c.ids)
+    first = first_places(c.ids)
     owners = None
     for i in np.flatnonzero(parent != parent[first]).tolist():
         owners = _owners(c) if owners is None else owners
@@ -126,16 +126,6 @@ def chained_blocks(c: Columns) -> Iterator[Finding]:
             request=request,
             help="equal ids mean equal tokens, and equal everything before them",
         )
-
-
-def _first_places(ids: Ints) -> Ints:
-    """For each id, where it stands first. Ids are usually small, and then a table is enough."""
-    if int(ids.max()) < 8 * len(ids):
-        table = np.zeros(int(ids.max()) + 1, dtype=np.int64)
-        table[ids[::-1]] = np.arange(len(ids))[::-1]
-        return table[ids]
-    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
-    return first[which]
 
 
 def _parent(parent: int) -> str:

@@ -27,9 +27,8 @@ def equal_blocks(c: Columns) -> Iterator[Finding]:
         mine, other, tokens = c.request[users], c.request[operand[users]], until[users]
         full, rest = np.divmod(tokens, c.graph.target.block_size)
         fits = (full > 0) & (rest == 0) & (full <= np.minimum(c.id_count[mine], c.id_count[other]))
-        last = np.where(fits, full - 1, 0)
-        ours, theirs = (_id_at(c, requests, last) for requests in (mine, other))
-        agree = fits & (c.space[mine] == c.space[other]) & (ours == theirs)
+        agree = fits & (c.space[mine] == c.space[other])
+        agree[agree] = _same_id(c, mine[agree], other[agree], full[agree] - 1)
         for k in np.flatnonzero(~agree).tolist():
             why = _disagreement(c, int(mine[k]), int(other[k]), int(tokens[k]))
             yield Finding(
@@ -38,12 +37,11 @@ def equal_blocks(c: Columns) -> Iterator[Finding]:
             )
 
 
-def _id_at(c: Columns, requests: Ints, block: Ints) -> Ints:
-    """An id of each request; anything for one that has none."""
-    if not len(c.ids):
-        return np.zeros(len(requests), dtype=np.int64)
-    found: Ints = c.ids[np.minimum(c.id_start[requests] + block, len(c.ids) - 1)]
-    return found
+def _same_id(c: Columns, one: Ints, two: Ints, block: Ints) -> list[bool]:
+    """Whether pairs of requests have the same id for a block that both have."""
+    requests = c.graph.requests
+    rows = zip(one.tolist(), two.tolist(), block.tolist(), strict=True)
+    return [requests[i].blocks[k] == requests[j].blocks[k] for i, j, k in rows]
 
 
 def _disagreement(c: Columns, one: int, two: int, tokens: int) -> str:

@@ -106,8 +106,10 @@ def known_requests(c: Columns) -> Iterator[Finding]:
 
 def known_workers(c: Columns) -> Iterator[Finding]:
     """Every worker is one of the target's."""
+    if c.named_workers.count(None) == len(c.nodes):
+        return
     for i in np.flatnonzero(c.worker == NONE).tolist():
-        worker = c.nodes[i].worker
+        worker = c.named_workers[i]
         if worker is not None:
             yield Finding(
                 f"the target has no worker {worker!r}", i, help=suggest(worker, c.worker_index)

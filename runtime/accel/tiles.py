@@ -36,6 +36,8 @@ _MIDDLE = (
     Tile(64, 64, 4, 2, 255, 2),
     Tile(128, 64, 8, 3, 255, 1),
 )
+# head_dim 80 and 96 run in tiles of 128 columns, the masks of which take registers.
+_PADDED = (Tile(16, 64, 4, 3, 255, 2), *_MIDDLE[1:])
 # A byte of cache becomes two in registers on its way to the tensor cores: shorter tiles.
 _MIDDLE_INT8 = (
     Tile(16, 64, 4, 4, 168, 3),
@@ -54,7 +56,8 @@ def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
     if spec.head_dim > 128:
         return _WIDE[:2] if spec.kv == "int8" else _WIDE
     if spec.head_dim > 64:
-        return _MIDDLE_INT8 if spec.kv == "int8" else _MIDDLE
+        padded = spec.head_dim < 128
+        return _MIDDLE_INT8 if spec.kv == "int8" and not padded else _PADDED if padded else _MIDDLE
     return _NARROW
 
 

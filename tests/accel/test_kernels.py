@@ -82,6 +82,12 @@ def test_extend_with_a_causal_tail(block_size: int, window: int) -> None:
     check(spec, [5, 17, 1, 6], [200, 230, 65, 6], [SharedPrefix(0, 64, (0, 1, 2))])
 
 
+@pytest.mark.parametrize("total", [78, 79, 80])
+def test_a_query_at_the_edge_of_a_tile_of_keys(total: int) -> None:
+    """The first of 16 queries sees 63, 64 or 65 keys: only whole tiles of 64 go without masks."""
+    check(AttentionSpec(4, 1, 64, 16, HALF), [16], [total])
+
+
 def test_pages_need_not_be_contiguous_in_the_cache() -> None:
     """K and V interleaved in one allocation, heads before rows: only the last stride is fixed."""
     spec = AttentionSpec(4, 2, 64, 16, HALF)

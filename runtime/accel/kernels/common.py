@@ -7,6 +7,7 @@ __all__ = ["ITEM_FIELDS", "LOG2E", "NEG_INF"]
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
 ITEM_FIELDS = tl.constexpr(8)
-"""A work item, the same from the host (shared) and the device (private): sequence whose table has
-the pages; first key, end of the chunk; tokens of the sequence (private); first of the queries
-(shared: in `rows`), their number; tile of `BM` packed rows; first partial, or -1 for none."""
+"""A work item, from the host (shared) and from the device (private) alike: sequence whose table
+has the pages; first key; end of the chunk (private: may lie behind the last key); tokens of the
+sequence (private); first of the queries (shared: an index of `rows`); their number; tile of `BM`
+packed rows; first partial, or -1: write the output."""

@@ -103,7 +103,7 @@ def schedule(
         same = tl.zeros([64], tl.int32)
         tl.store(item, same + me, mask=inside)
         tl.store(item + 1, lo, mask=inside)
-        tl.store(item + 2, tl.minimum(lo + chunk, end), mask=inside)
+        tl.store(item + 2, lo + chunk, mask=inside)
         tl.store(item + 3, same + end, mask=inside)
         tl.store(item + 4, same + q_at, mask=inside)
         tl.store(item + 5, same + q_count, mask=inside)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sagellm_ir.cli import backend, explain, ir, plan, run, schema
+from sagellm_ir.cli import backend, explain, ir, patches, plan, run, schema
 
 __all__ = ["app", "main"]
 
@@ -41,6 +41,7 @@ plan.add_to(app)
 run.add_to(app)
 explain.add_to(app)
 app.add_typer(backend.app)
+app.add_typer(patches.app)
 app.add_typer(schema.app)
 
 

@@ -1,0 +1,69 @@
+"""`patches ...`: our patches to LMDeploy, applied to, undone in, or looked for in a source tree."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from attrs import asdict
+
+from sagellm_ir.cli import shared
+
+if TYPE_CHECKING:
+    from sagellm_ir.runtime.engines.lmdeploy.patching import PatchStatus
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="patches",
+    no_args_is_help=True,
+    help="The patches that let plans drive LMDeploy's scheduler.",
+    epilog="Example: sage infer patches status",
+)
+
+TargetTree = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="DIR|installed",
+        help="A folder that holds lmdeploy/, or the installed distribution. Default: the submodule "
+        "when it is checked out, else the pinned wheel's Python files in build/lmdeploy.",
+    ),
+]
+
+
+@shared.command(app, "apply", example="patches apply --target installed")
+def apply(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
+    """Patch a tree: all files or none."""
+    from sagellm_ir.runtime.engines.lmdeploy import patching
+
+    _run(patching.apply, target, as_json)
+
+
+@shared.command(app, "revert", example="patches revert --target installed")
+def revert(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
+    """Undo `patches apply`."""
+    from sagellm_ir.runtime.engines.lmdeploy import patching
+
+    _run(patching.revert, target, as_json)
+
+
+@shared.command(app, "status", example="patches status --json")
+def status(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
+    """How far a tree is patched."""
+    from sagellm_ir.runtime.engines.lmdeploy import patching
+
+    _run(patching.status, target, as_json)
+
+
+def _run(action: "Callable[[str | None], PatchStatus]", target: str | None, as_json: bool) -> None:
+    found = action(target)
+    if as_json:
+        data: dict[str, Any] = asdict(found)
+        shared.emit_json(data | {"root": str(found.root)})
+        return
+    shared.emit(f"LMDeploy {found.version} in {found.root}: {found.state}")
+    if found.changed:
+        shared.note(f"{found.changed} files changed")
+    for file in found.files:
+        if file.state in ("unknown", "missing"):
+            shared.note(f"{file.path}: {file.state}")

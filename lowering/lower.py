@@ -5,15 +5,15 @@ the first step after its last use. The work of a step is in proportion to what c
 one copy of its batch when that changed.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from sagellm_ir.collecting import no_collections
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.batch import Batch
 from sagellm_ir.lowering.flat import NONE, FlatGraph
-from sagellm_ir.lowering.groups import SharedRows
 from sagellm_ir.lowering.plan import (
     Bind,
     Collective,
@@ -74,41 +74,6 @@ def lower(
     return _Lowering(graph, resident, live, retain).plan(tokens or {}, sampling or {})
 
 
-class _Batch:
-    """What runs on one worker, from step to step."""
-
-    def __init__(self, flat: FlatGraph) -> None:
-        self.shared = SharedRows(flat.parent, flat.stop, flat.span)
-        self.context = 0
-        """Tokens that the decode rows attend to in the next forward, summed over the rows."""
-        self.generated = 0
-        """The part of `context` behind the rows' prefixes, nearly: what no row shares."""
-        self._order: list[int] = []
-        self._names: list[str] = []
-        self._decode: tuple[str, ...] | None = ()
-        self.reduces: dict[int, Collective] = {}
-
-    @property
-    def decode(self) -> tuple[str, ...]:
-        """The decoding requests, in the order of the graph's requests."""
-        if self._decode is None:
-            self._decode = tuple(self._names)
-        return self._decode
-
-    def join(self, row: int, name: str) -> None:
-        """A request starts to decode."""
-        place = bisect_left(self._order, row)
-        self._order.insert(place, row)
-        self._names.insert(place, name)
-        self._decode = None
-
-    def part(self, row: int) -> None:
-        """A request stops decoding."""
-        place = bisect_left(self._order, row)
-        del self._order[place], self._names[place]
-        self._decode = None
-
-
 class _Lowering:
     """One run of `lower`."""
 
@@ -123,7 +88,9 @@ class _Lowering:
         self.flat = FlatGraph(graph)
         self.pools = Pools(graph, self.flat, resident, live, retain)
         self.cost = CostModel(graph.target)
-        self.batches = {worker.name: _Batch(self.flat) for worker in graph.target.workers}
+        self.batches = {
+            worker.name: Batch(graph, self.flat, self.cost) for worker in graph.target.workers
+        }
         self.order = {request.id: number for number, request in enumerate(graph.requests)}
         self.bound: dict[str, int] = {}
         """For each request, the node its table reaches to."""
@@ -181,24 +148,14 @@ class _Lowering:
         kv: tuple[KVMove | KVFree, ...] = (*self.pools.take_frees(worker), *moves)
         if not loops or not (chunks or batch.decode):
             return PlanStep(index, worker, kv, tuple(binds), loops=0, cost=round(seconds, 9))
-        seconds += self.forwards(batch, chunks, loops)
-        step = PlanStep(
-            index,
-            worker,
-            kv,
-            tuple(binds),
-            chunks,
-            batch.decode,
-            loops,
-            batch.shared.groups,
-            tuple(batch.reduces.values()),
-            round(seconds, 9),
-        )
+        groups = batch.shared.groups
+        reduces = tuple(batch.reduces.values())
+        seconds = round(seconds + batch.run(chunks, loops), 9)
         for i, row in entered:
             batch.shared.leave(i, row)
-        batch.context += loops * len(batch.decode)
-        batch.generated += loops * len(batch.decode)
-        return step
+        return PlanStep(
+            index, worker, kv, tuple(binds), chunks, batch.decode, loops, groups, reduces, seconds
+        )
 
     def end(self, ended: Iterable[int]) -> None:
         """Take out the decodes and collectives that ran for the last time."""
@@ -208,11 +165,7 @@ class _Lowering:
             if not flat.span[i]:
                 del batch.reduces[i]
             elif flat.forwards[i]:
-                row = self.order[flat.request[i]]
-                batch.shared.leave(i, 2 * row + 1)
-                batch.part(row)
-                batch.context -= flat.stop[i]
-                batch.generated -= flat.span[i]
+                batch.part(i, self.order[flat.request[i]])
 
     def move(self, moves: Iterable[int], worker: str) -> tuple[list[KVMove], float]:
         """Fetches and migrates, in node order, and their seconds."""
@@ -247,31 +200,34 @@ class _Lowering:
         return table[first : first + count]
 
     def prefill(
-        self, prefills: Iterable[int], batch: _Batch, binds: list[Bind]
+        self, prefills: Iterable[int], batch: Batch, binds: list[Bind]
     ) -> tuple[tuple[PrefillChunk, ...], list[tuple[int, int]]]:
         """Chunks in request order, and the rows they entered: node and number."""
         flat = self.flat
-        chunks: dict[int, PrefillChunk] = {}
+        spans: dict[str, tuple[int, int]] = {}
+        reached: dict[str, int] = {}
         entered: list[tuple[int, int]] = []
         for i in prefills:
             name = flat.request[i]
             if name in self.answering:
                 name = self.heir(i)
             begin = self.pools.resume(i, name)
-            self.bind(i, name, binds)
-            row = self.order[name]
-            earlier = chunks.get(row)
-            if earlier is None:
-                chunks[row] = PrefillChunk(name, begin, flat.stop[i])
-                batch.shared.enter(i, 2 * row, name)
-                entered.append((i, 2 * row))
+            reached[name] = i
+            if name not in spans:
+                spans[name] = begin, flat.stop[i]
+                entered.append((i, 2 * self.order[name]))
+                batch.shared.enter(i, entered[-1][1], name)
             else:
                 # Neighbouring chunks of one request in one step are one chunk.
-                assert earlier.stop == flat.start[i], self.graph.nodes[i]
-                chunks[row] = PrefillChunk(name, earlier.start, flat.stop[i])
-        return tuple(chunks[row] for row in sorted(chunks)), entered
+                begin, stop = spans[name]
+                assert stop == flat.start[i], self.graph.nodes[i]
+                spans[name] = begin, flat.stop[i]
+        for name, i in reached.items():
+            self.bind(i, name, binds)
+        names = spans if len(spans) < 2 else sorted(spans, key=self.order.__getitem__)
+        return tuple([PrefillChunk(name, *spans[name]) for name in names]), entered
 
-    def start(self, decodes: Iterable[int], batch: _Batch, binds: list[Bind]) -> None:
+    def start(self, decodes: Iterable[int], batch: Batch, binds: list[Bind]) -> None:
         """Let requests join the batch."""
         flat = self.flat
         for i in decodes:
@@ -282,13 +238,7 @@ class _Lowering:
             self.pools.allocate(i)
             self.bind(i, name, binds)
             if flat.forwards[i]:
-                row = self.order[name]
-                batch.shared.enter(i, 2 * row + 1, name)
-                batch.join(row, name)
-                # A row that continues a decode first feeds the last token of that one.
-                first = flat.span[i] - flat.forwards[i]
-                batch.context += flat.start[i] + first
-                batch.generated += first
+                batch.join(i, self.order[name])
 
     def heir(self, i: int) -> str:
         """The request that runs prefill `i`: its own, or a user of it once that one is decoding."""
@@ -301,42 +251,30 @@ class _Lowering:
 
     def bind(self, i: int, name: str, binds: list[Bind]) -> None:
         """Make the table of request `name` reach to node `i`: bind what is new or changed."""
-        flat, old = self.flat, self.bound.get(name, NONE)
+        flat, parent, old = self.flat, self.flat.parent, self.bound.get(name, NONE)
         self.bound[name] = i
-        if old == flat.parent[i]:
-            if flat.blocks[i]:
-                binds.append(Bind(name, flat.first[i], self.pools.own[i]))
-            return
-        kept = set()
-        while old != NONE:
-            kept.add(old)
-            old = flat.parent[old]
-        at, stop = i, NONE
-        while at != NONE and at not in kept:
-            stop, at = at, flat.parent[at]
-        if stop != NONE and (blocks := self.table(i, at)):
-            binds.append(Bind(name, flat.first[stop], blocks))
+        first, at = i, parent[i]
+        while at not in (old, NONE):
+            first, at = at, parent[at]
+        if at != old:
+            # The table leaves the chain it had, some way up.
+            kept = set()
+            while old != NONE:
+                kept.add(old)
+                old = parent[old]
+            first, at = NONE, i
+            while at != NONE and at not in kept:
+                first, at = at, parent[at]
+        if first != NONE and (blocks := self.table(i, at)):
+            binds.append(Bind(name, flat.first[first], blocks))
 
     def table(self, i: int, after: int) -> tuple[int, ...]:
         """The blocks of node `i` and its prefixes, back to but without node `after`."""
+        own, parent = self.pools.own, self.flat.parent
+        if parent[i] == after:
+            return own[i]
         parts: list[tuple[int, ...]] = []
         while i != after:
-            parts.append(self.pools.own[i])
-            i = self.flat.parent[i]
-        return tuple(block for part in reversed(parts) for block in part)
-
-    def forwards(self, batch: _Batch, chunks: tuple[PrefillChunk, ...], loops: int) -> float:
-        """Seconds of the step's forwards and collectives; of many, the middle one counts."""
-        rows = len(batch.decode)
-        grown = rows * (loops - 1) // 2
-        tokens, logits, pairs = rows, rows, batch.context + grown
-        for chunk in chunks:
-            size = chunk.stop - chunk.start
-            tokens += size
-            pairs += size * (chunk.start + chunk.stop + 1) // 2
-            logits += chunk.stop == self.graph.request[chunk.request].prompt_len
-        read = batch.shared.kv_tokens + batch.generated + grown
-        seconds = self.cost.forward(tokens, pairs, read, logits)
-        for reduce in batch.reduces.values():
-            seconds += self.cost.allreduce(reduce.bytes, reduce.calls)
-        return loops * seconds
+            parts.append(own[i])
+            i = parent[i]
+        return tuple(chain.from_iterable(reversed(parts)))

@@ -4,59 +4,14 @@ from collections.abc import Iterable, Sequence
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.lowering.allocator import BlockPool, Run, expand
+from sagellm_ir.lowering.allocator import Run, expand, merged
 from sagellm_ir.lowering.flat import NONE, FlatGraph
 from sagellm_ir.lowering.plan import KVFree, LiveBlock, Resident
+from sagellm_ir.lowering.pool import Pool
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE
 
 __all__ = ["Pools"]
-
-
-class _Pool:
-    """One tier of one worker. Cached content is pinned while a later fetch or a value needs it."""
-
-    def __init__(self, capacity: int) -> None:
-        self.free = BlockPool(capacity)
-        self.block_of: dict[int, int] = {}
-        """Cached content: where each id is."""
-        self.pins: dict[int, int] = {}
-        self.idle: dict[int, None] = {}
-        """Cached ids without a pin, least recently used first."""
-        self.freed: list[Run] = []
-        """Given back since the last `take_frees`."""
-
-    def unpin(self, content: int) -> None:
-        if self.pins[content] > 1:
-            self.pins[content] -= 1
-        else:
-            del self.pins[content]
-            self.idle[content] = None
-
-    def give(self, runs: list[Run]) -> None:
-        self.free.free(runs)
-        self.freed += runs
-
-    def take(self, count: int, near: int) -> list[Run] | None:
-        """Take blocks; drop as much idle content as that needs."""
-        short = count - self.free.free_blocks
-        if short > len(self.idle):
-            return None
-        for content in list(self.idle)[:short] if short > 0 else ():
-            del self.idle[content]
-            self.give([(self.block_of.pop(content), 1)])
-        return self.free.take(count, near)
-
-    def keep(self, content: int, block: int) -> None:
-        """Cache what a dead block holds, or touch the copy there is and give this one back."""
-        if content not in self.block_of:
-            self.block_of[content] = block
-            self.idle[content] = None
-            return
-        self.give([(block, 1)])
-        if content in self.idle:
-            del self.idle[content]
-            self.idle[content] = None
 
 
 class Pools:
@@ -85,10 +40,12 @@ class Pools:
         self._runs: dict[int, list[Run]] = {}
         self._default = graph.target.workers[0].name
         self._pools = {
-            (tier.name, worker.name): _Pool(tier.blocks)
+            (tier.name, worker.name): Pool(tier.blocks)
             for tier in graph.target.tiers
             for worker in graph.target.workers
         }
+        self._home = [self._pools[place] for place in zip(flat.tier, flat.worker, strict=True)]
+        """The pool each node's blocks are in."""
         self._read: list[int] = []
         """Fetches from cache off the device, whose pins end before the next step."""
         self._reach = self._filled() if retain else []
@@ -104,19 +61,24 @@ class Pools:
         Raises:
             SageIRError: the tier is full.
         """
-        flat = self._flat
-        before = self.own[flat.parent[i]] if flat.parent[i] != NONE else ()
-        count = flat.blocks[i] if count is None else count
-        self._take(i, count, before[-1] + 1 if before else -1)
+        if count is None:
+            count = self._flat.blocks[i]
+        if count:
+            parent = self._flat.parent[i]
+            before = self.own[parent] if parent != NONE else ()
+            self._take(i, count, before[-1] + 1 if before else -1)
 
     def resume(self, i: int, name: str) -> int:
         """Allocate for prefill `i` of request `name`; if that starts in the request's live block,
         take that block too. Returns where the tokens to compute begin."""
         flat = self._flat
-        start, live = flat.start[i], self._live.get(name) if self._live else None
+        start, live = flat.start[i], self._live.get(name)
+        if live is None:
+            self.allocate(i)
+            return start
         size = self._graph.target.block_size
-        here = live and (live.worker or self._default) == flat.worker[i]
-        if not live or not here or start != live.tokens // size * size:
+        here = (live.worker or self._default) == flat.worker[i]
+        if not here or start != live.tokens // size * size:
             self.allocate(i)
             return start
         if flat.stop[i] <= live.tokens:
@@ -124,7 +86,8 @@ class Pools:
             self.allocate(i)
             return start
         del self._live[name]
-        self._take(i, flat.blocks[i] - 1, live.block + 1)
+        if flat.blocks[i] > 1:
+            self._take(i, flat.blocks[i] - 1, live.block + 1)
         self._runs[i] = [(live.block, 1), *self._runs.get(i, [])]
         self.own[i] = expand(self._runs[i])
         return live.tokens
@@ -136,9 +99,7 @@ class Pools:
         self._live.clear()
 
     def _take(self, i: int, count: int, near: int) -> None:
-        if not count:
-            return
-        pool = self._pool(i)
+        pool = self._home[i]
         runs = pool.take(count, near)
         if runs is None and self._live:
             self.drop_live()
@@ -163,28 +124,27 @@ class Pools:
     def release(self, dead: Iterable[int]) -> None:
         """Give back what dead values own, and unpin what was read."""
         for i in self._read:
-            pool = self._source_pool(i)
-            for content in self._contents(i):
-                pool.unpin(content)
+            self._unpin(i)
         self._read.clear()
+        given: dict[Pool, list[Run]] = {}
         for i in dead:
-            if i in self._runs:
-                runs = self._runs.pop(i)
-                if self._retain:
-                    self._keep(i)
-                else:
-                    self._pool(i).give(runs)
-            elif self.own[i]:
-                pool = self._source_pool(i)
-                for content in reversed(self._contents(i)):
-                    pool.unpin(content)
+            runs = self._runs.pop(i, None)
+            if runs is None:
+                if self.own[i]:
+                    self._unpin(i)
+            elif self._retain:
+                self._keep(i)
+            else:
+                given.setdefault(self._home[i], []).extend(runs)
+        for pool, runs in given.items():
+            pool.give(merged(runs))
 
     def take_frees(self, worker: str) -> tuple[KVFree, ...]:
         """What was given back since the last call, as seen from a step of `worker`."""
         frees = []
         for (tier, owner), pool in self._pools.items():
             if pool.freed:
-                blocks = expand(sorted(pool.freed))
+                blocks = expand(merged(pool.freed))
                 frees.append(KVFree(tier, blocks, None if owner == worker else owner))
                 pool.freed.clear()
         return tuple(frees)
@@ -193,8 +153,7 @@ class Pools:
         """The cache, pinned content last."""
         found = []
         for (tier, owner), pool in self._pools.items():
-            if pool.block_of:
-                ids = (*pool.idle, *(c for c in pool.block_of if c not in pool.idle))
+            if ids := pool.content():
                 blocks = tuple(pool.block_of[content] for content in ids)
                 found.append(Resident(tier, ids, blocks, None if owner == self._default else owner))
         return tuple(found)
@@ -228,8 +187,13 @@ class Pools:
                     if content not in pool.block_of:
                         name = flat.kv(i).name
                         raise _bad_cache(f"lacks block {content}, which %{name} fetches")
-                    pool.idle.pop(content, None)
-                    pool.pins[content] = pool.pins.get(content, 0) + 1
+                    pool.pin(content)
+
+    def _unpin(self, i: int) -> None:
+        pool = self._source_pool(i)
+        # Backwards: of a chain, what comes last is dropped first.
+        for content in reversed(self._contents(i)):
+            pool.unpin(content)
 
     def _filled(self) -> list[int]:
         """How far the KV of each node's last block reaches: a later node may append to it."""
@@ -243,10 +207,9 @@ class Pools:
 
     def _keep(self, i: int) -> None:
         first = self._flat.first[i]
-        pool, size = self._pool(i), self._graph.target.block_size
+        pool, size = self._home[i], self._graph.target.block_size
         contents = self._graph.request[self._flat.request[i]].blocks
         whole = min(len(contents), self._reach[i] // size)
-        # Backwards: of a chain, what comes last is dropped first.
         for at in range(first + len(self.own[i]) - 1, first - 1, -1):
             block = self.own[i][at - first]
             if at < whole:
@@ -265,13 +228,10 @@ class Pools:
         assert isinstance(node, KVFetch), node
         return node.src
 
-    def _source_pool(self, i: int) -> _Pool:
+    def _source_pool(self, i: int) -> Pool:
         return self._pools[self._source(i), self._flat.worker[i]]
 
-    def _pool(self, i: int) -> _Pool:
-        return self._pools[self._flat.tier[i], self._flat.worker[i]]
-
-    def _full(self, i: int, pool: _Pool) -> SageIRError:
+    def _full(self, i: int, pool: Pool) -> SageIRError:
         node = self._flat.kv(i)
         free = pool.free.free_blocks + len(pool.idle)
         return SageIRError(

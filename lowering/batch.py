@@ -1,0 +1,82 @@
+"""`Batch`: what runs on one worker, kept up to date from step to step."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from sagellm_ir.cost import CostModel
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.flat import FlatGraph
+from sagellm_ir.lowering.groups import SharedRows
+from sagellm_ir.lowering.plan import Collective, PrefillChunk
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """The decode rows of a worker, the prefixes they share, and the collectives that run.
+
+    A row is the number of its request in the graph.
+    """
+
+    def __init__(self, graph: IRGraph, flat: FlatGraph, cost: CostModel) -> None:
+        self.shared = SharedRows(flat.parent, flat.stop, flat.span)
+        self.reduces: dict[int, Collective] = {}
+        self._graph, self._flat, self._cost = graph, flat, cost
+        self._context = 0
+        """Tokens that the decode rows attend to in the next forward, summed over the rows."""
+        self._generated = 0
+        """The part of `context` behind the rows' prefixes, nearly: what no row shares."""
+        self._order: list[int] = []
+        self._names: list[str] = []
+        self._decode: tuple[str, ...] | None = ()
+
+    @property
+    def decode(self) -> tuple[str, ...]:
+        """The decoding requests, in the order of the graph's requests."""
+        if self._decode is None:
+            self._decode = tuple(self._names)
+        return self._decode
+
+    def join(self, i: int, row: int) -> None:
+        """A request starts decode `i`."""
+        flat = self._flat
+        name = flat.request[i]
+        self.shared.enter(i, 2 * row + 1, name)
+        place = bisect_left(self._order, row)
+        self._order.insert(place, row)
+        self._names.insert(place, name)
+        self._decode = None
+        # A row that continues a decode first feeds the last token of that one.
+        first = flat.span[i] - flat.forwards[i]
+        self._context += flat.start[i] + first
+        self._generated += first
+
+    def part(self, i: int, row: int) -> None:
+        """Decode `i` has ended."""
+        self.shared.leave(i, 2 * row + 1)
+        place = bisect_left(self._order, row)
+        del self._order[place], self._names[place]
+        self._decode = None
+        self._context -= self._flat.stop[i]
+        self._generated -= self._flat.span[i]
+
+    def run(self, chunks: Iterable[PrefillChunk], loops: int) -> float:
+        """Advance the decode rows by `loops` forwards.
+
+        Returns the seconds of these forwards with some chunks; of many, the middle one counts.
+        """
+        rows = len(self._names)
+        grown = rows * (loops - 1) // 2
+        tokens = logits = rows
+        pairs, read = self._context + grown, self.shared.kv_tokens + self._generated + grown
+        for chunk in chunks:
+            start, stop = chunk.start, chunk.stop
+            tokens += stop - start
+            pairs += (stop - start) * (start + stop + 1) // 2
+            logits += stop == self._graph.request[chunk.request].prompt_len
+        seconds = self._cost.forward(tokens, pairs, read, logits)
+        for reduce in self.reduces.values():
+            seconds += self._cost.allreduce(reduce.bytes, reduce.calls)
+        self._context += loops * rows
+        self._generated += loops * rows
+        return loops * seconds

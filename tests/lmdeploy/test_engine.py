@@ -1,15 +1,21 @@
 """`LMDeployBackend`: plans compiled by us, run by LMDeploy's genuine engine on a CPU."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from sagellm_ir.build import build
 from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.lowering import lower
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep, PrefillChunk
-from sagellm_ir.request import Sampling
+from sagellm_ir.passes.manager import PassManager
+from sagellm_ir.passes.pipeline import Pipeline
+from sagellm_ir.request import Request, Sampling, TokenPrompt
 from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
 from sagellm_ir.runtime.planner import OnlinePlanner
+from sagellm_ir.runtime.running import run_plan
 from tests.lmdeploy.cpu import engine, oracle
 
 SHARED = tuple(range(100, 228))
@@ -57,6 +63,7 @@ def test_the_online_planner_streams_right_answers(backend: LMDeployBackend) -> N
                 planner.submit(late)
                 backend.submit(late)
     assert answers == {one.id: right(one) for one in asked}
+    assert backend._driver.unplanned == 0
     assert set(ends.values()) == {"length"}
     stats = backend.stats()
     assert stats.prefill_tokens == 148 + 5 * 20
@@ -103,3 +110,27 @@ def test_what_cannot_run_is_refused(backend: LMDeployBackend) -> None:
         backend.submit(PlanRequest("r1", prompt_len=4))
     with pytest.raises(SageIRError, match="stop strings"):
         backend.submit(request("r2", 1), Sampling(stop=("x",)))
+
+
+@pytest.mark.parametrize("host", [0, 64])
+def test_a_plan_compiled_ahead_runs_with_the_cursor(host: int) -> None:
+    """Twelve requests that share, through a pool too small for all at once."""
+
+    def make() -> Any:
+        return engine(num_gpu_blocks=40, num_cpu_blocks=host, max_prefill_token_num=256)
+
+    with LMDeployBackend(make, stop_at_eos=False) as backend:
+        texts = [(*SHARED[: 16 * (2 + i % 4)], *[i] * 24) for i in range(12)]
+        requests = [
+            Request(f"r{i}", max_new_tokens=9 + i, prompt=TokenPrompt(tokens))
+            for i, tokens in enumerate(texts)
+        ]
+        built = build(requests, backend.target)
+        graph = PassManager(Pipeline.parse("O2")).run(built.graph)
+        plan = lower(graph, built.tokens)
+        report = run_plan(backend, plan)
+        assert (backend._driver.rejected, backend._driver.unplanned) == ([], 0)
+    for asked in plan.requests:
+        assert asked.tokens is not None
+        answer = report.answers[asked.id]
+        assert answer.tokens == oracle(asked.tokens, asked.max_new_tokens)

@@ -7,21 +7,19 @@ logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lo
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from attrs import evolve
 from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import Bind, KVMove, PlanStep
+from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
+from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, view_of
-from sagellm_ir.target import DEVICE
 
 __all__ = ["PlanDriver"]
 
@@ -65,10 +63,11 @@ class PlanDriver:
         self.admission = Admission(self.kv)
         self.rejected: list[str] = []
         """Why steps were dropped."""
+        self.unplanned = 0
+        """Steps that LMDeploy scheduled by its own rules."""
         self._todo: deque[PlanStep] = deque()
         self._found: dict[str, Any] = {}
-        self._block_of: dict[tuple[str, int], int] = {}
-        """LMDeploy's logical block by tier and the plan's block."""
+        self._blocks = PlanBlocks(self.kv)
         engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
         self.scheduler.plan_source = self
 
@@ -99,7 +98,7 @@ class PlanDriver:
             self._todo.extendleft(reversed(self._parts(self._todo.popleft())))
             if self._named(self._todo[0]):
                 return bool(self._todo[0].prefill)
-            self._move(self._todo.popleft())
+            self._blocks.move(self._todo.popleft())
         return None
 
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
@@ -109,6 +108,7 @@ class PlanDriver:
         output = self._planned(is_prefill, prealloc_size) if self._todo else None
         if output is None:
             output = _output([]) if self.hold else self._stock(is_prefill, prealloc_size)
+            self.unplanned += bool(output.running)
         self._answer_aborted()
         self._count(output, is_prefill)
         return output
@@ -178,7 +178,7 @@ class PlanDriver:
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
-        self._move(step)
+        self._blocks.move(step)
         seqs = {name: self._sequence(name) for name in self._named(step)}
         if is_prefill:
             ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
@@ -186,7 +186,8 @@ class PlanDriver:
             ran = self.admission.decode(list(seqs.values()), step.loops)
         if not ran:
             return None
-        self._bind(step.binds)
+        for bind in step.binds:
+            self._blocks.bind(bind, self._sequence(bind.request))
         size = self.scheduler.cache_config.block_size
         running = {seq.seq_id for seq in ran}
         rows = [(name, seq) for name, seq in seqs.items() if seq.seq_id in running]
@@ -252,41 +253,6 @@ class PlanDriver:
     def _is_over(self, name: str) -> bool:
         seq = self._sequence(name)
         return seq.status.name in ENDED if seq is not None else self.names.has_left(name)
-
-    # KV, by the plan's names of blocks.
-
-    def _bind(self, binds: Iterable[Bind]) -> None:
-        for bind in binds:
-            seq = self._sequence(bind.request)
-            table = [] if seq is None else seq.logical_blocks.get_real_blocks()[bind.at :].tolist()
-            self._block_of.update(
-                {(DEVICE, b): own for b, own in zip(bind.blocks, table, strict=False)}
-            )
-
-    def _move(self, step: PlanStep) -> None:
-        """Do a step's moves. What it frees becomes the first victim: LMDeploy frees when it must."""
-        for item in step.kv:
-            if isinstance(item, KVMove):
-                self._move_blocks(item)
-                continue
-            own = (self._block_of.pop((item.tier, block), None) for block in item.blocks)
-            self.kv.expendable.update(block for block in own if block is not None)
-
-    def _move_blocks(self, move: KVMove) -> None:
-        pairs = [
-            (self._block_of.pop((move.from_tier, src)), dst)
-            for src, dst in zip(move.src, move.dst, strict=True)
-            if (move.from_tier, src) in self._block_of
-        ]
-        self._block_of.update({(move.to_tier, dst): own for own, dst in pairs})
-        held = [own for own, _ in pairs if self._is_held(own)]
-        if move.to_tier != DEVICE:
-            self.kv.spill(held)
-        elif self.kv.make_room(len(held)):
-            self.kv.restore(held)
-
-    def _is_held(self, block: int) -> bool:
-        return bool(self.kv.blocks.allocator.get_ref_count(np.array([block]))[0] > 0)
 
     # LMDeploy's own rules.
 

@@ -99,10 +99,10 @@ class PrefixAttention:
         spec, batch, rows = self.spec, self.max_batch, self.max_rows
         items = ceil_div(rows * spec.group, 16) + batch + 8 * self._sms
         parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
-        self._limits = Limits(self._sms, items, 4 * rows, 64 * rows, parts)
+        self._limits = Limits(self._sms, items, 8 * rows, 68 * rows, parts)
         always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 1}
-        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": 4 * rows}
-        tables = {"where_start": batch, "where": 64 * rows}
+        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": 8 * rows}
+        tables = {"where_start": batch, "where": 68 * rows}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
         self._items = self._ints(items * ITEM_FIELDS)
         self._sizes = self._ints(2)

@@ -5,17 +5,18 @@ private part. A node that does not pay is not lost: its tokens are read with the
 below it, or with the private part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 
-__all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest"]
+__all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest", "shared_prefixes"]
 
 Ints = NDArray[np.int32]
 
@@ -129,6 +130,19 @@ def _check(
     else:
         return
     raise SageIRError(Diagnostic(problem, help="see SharedPrefix for the rules of groups"))
+
+
+def shared_prefixes(groups: Iterable[PrefixGroup], rows: Mapping[str, int]) -> list[SharedPrefix]:
+    """A plan step's prefix groups, for a batch in which request `r` is sequence `rows[r]`.
+
+    Requests that are not in the batch are left out, and groups of fewer than two that are.
+    """
+    found = []
+    for group in groups:
+        here = [rows[request] for request in group.requests if request in rows]
+        if len(here) > 1:
+            found.append(SharedPrefix(group.start, group.stop, here))
+    return found
 
 
 def find_groups(block_table: Ints, history: Ints, block_size: int) -> list[SharedPrefix]:

@@ -78,8 +78,6 @@ def plan_shared(
     first_part = np.cumsum(size) - size
     items = _items(spec, forest, queries, tiles, cuts, first_part, chunk)
     slots, start, where = _where(spec, forest, lists, q_start, cuts, first_part)
-    if len(where) > limits.where:
-        return None
     rows = np.concatenate(lists)
     return SharedWork(tile.rows, items, rows, slots, start, where, int(size.sum()), chunk)
 
@@ -161,7 +159,8 @@ def _chunk(
     cuts = -(-lengths // sizes[:, None])
     items = cuts @ tiles
     # One private slot each comes on top; the device cuts no further than there is room.
-    parts = (cuts @ queries + all_queries) * spec.group
+    entries = cuts @ queries
+    parts = (entries + all_queries) * spec.group
     cost = -(-items * spec.kv_heads // grid) * (sizes + ITEM_COST)
-    fits = (items <= limits.items) & (parts <= limits.parts)
+    fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
     return int(sizes[np.where(fits, cost, np.inf).argmin()]) if fits.any() else None

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
-from sagellm_ir.runtime.accel.forest import Ints, SharedPrefix, find_groups, plan_forest
+from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.accel.forest import (
+    Ints,
+    SharedPrefix,
+    find_groups,
+    plan_forest,
+    shared_prefixes,
+)
 from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
@@ -90,6 +97,17 @@ def test_spans_and_partials_cover_every_key_once(
                     assert written[place + head] == (query, head, at, written[place][3])
                 at = written[place][3]
             assert at == forest.private[seq] <= old[seq]
+
+
+def test_groups_of_a_plan_step() -> None:
+    groups = [PrefixGroup(0, 32, ("a", "b", "c")), PrefixGroup(32, 64, ("a", "c"))]
+    made = shared_prefixes(groups, {"a": 0, "b": 2, "d": 1})
+    assert made == [SharedPrefix(0, 32, [0, 2])]
+    assert plan_forest(SPEC, made, ints(1, 1, 1), ints(40, 9, 64), None).private.tolist() == [
+        32,
+        0,
+        32,
+    ]
 
 
 def test_a_node_that_does_not_pay_is_read_with_its_children() -> None:

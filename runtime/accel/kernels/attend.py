@@ -20,7 +20,8 @@ def _position(row, row_seq, q_start, kv_lens):
     return tl.load(kv_lens + seq) - tl.load(q_start + seq + 1) + row
 
 
-@triton.jit
+# Tables of any width: one binary, not one for multiples of 16 and another for the rest.
+@triton.jit(do_not_specialize=["table_stride"])
 def attend(
     q_ptr,
     k_ptr,

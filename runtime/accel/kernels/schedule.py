@@ -9,7 +9,7 @@ from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS
 __all__ = ["schedule"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "item_cap", "part_cap"])
 def schedule(
     kv_lens,
     q_start,

@@ -12,6 +12,8 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.lowering.plan import ExecutionPlan
+from sagellm_ir.passes.instruments import Instrument
+from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.presets import load_target
 from sagellm_ir.request import ChatPrompt, Request, TextPrompt
@@ -40,7 +42,15 @@ class Compilation:
 
     def plan(self, scheduled: IRGraph) -> ExecutionPlan:
         """The plan of this compilation's graph after its passes."""
-        return lower(scheduled, self.tokens, {item.id: item.sampling for item in self.requests})
+        sampling = {item.id: item.sampling for item in self.requests}
+        with shared.working("lowering"):
+            return lower(scheduled, self.tokens, sampling)
+
+    def run_passes(self, pipeline: Pipeline, *watching: Instrument, until: str = "") -> IRGraph:
+        """The graph after the passes of a pipeline, or after those before the pass `until`."""
+        passes = pipeline.before(until) if until else pipeline
+        with shared.working(f"running {passes}"):
+            return PassManager(passes, watching).run(self.graph)
 
 
 def start(
@@ -80,7 +90,8 @@ def read_requests(
 def compile_requests(loaded: Loaded, target: Target, tokenizer: str) -> Compilation:
     """Tokenise requests and build their graph."""
     encoder = choose_tokenizer(tokenizer, target, loaded.requests)
-    built = build(loaded.requests, target, tokenizer=encoder, locations=loaded.locations)
+    with shared.working(f"building the graph of {len(loaded.requests)} requests"):
+        built = build(loaded.requests, target, tokenizer=encoder, locations=loaded.locations)
     return Compilation(loaded.requests, built.graph, built.tokens)
 
 

@@ -13,6 +13,7 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.bisect import bisect as find_rewrite
 from sagellm_ir.passes.instruments import graph_diff, op_delta, read_reproducer
 from sagellm_ir.passes.manager import PassManager
+from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.picture import to_dot, to_mermaid
 from sagellm_ir.serial import graph_to_json
 from sagellm_ir.text import parse_graph, print_graph
@@ -64,13 +65,13 @@ def dump(
     compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     passes = choose_pipeline(level, pipeline)
     if stage == "plan":
-        shared.emit(_print_plan(compilation, PassManager(passes), form), output)
+        shared.emit(_print_plan(compilation, passes, form), output)
         return
     graph = compilation.graph
     if stage == "optimised":
-        graph = PassManager(passes.before("schedule")).run(graph)
+        graph = compilation.run_passes(passes, until="schedule")
     elif stage == "scheduled":
-        graph = PassManager(passes).run(graph)
+        graph = compilation.run_passes(passes)
     shared.emit(_print(graph, form, provenance), output)
 
 
@@ -84,11 +85,11 @@ def _print(graph: IRGraph, form: str, provenance: bool) -> str:
     return print_graph(graph, provenance=provenance)
 
 
-def _print_plan(compilation: Compilation, manager: PassManager, form: str) -> str:
+def _print_plan(compilation: Compilation, passes: Pipeline, form: str) -> str:
     from sagellm_ir.lowering.render import plan_mermaid, plan_text
     from sagellm_ir.lowering.serial import plan_to_json
 
-    plan = compilation.plan(manager.run(compilation.graph))
+    plan = compilation.plan(compilation.run_passes(passes))
     if form == "json":
         return plan_to_json(plan)
     if form == "mermaid":

@@ -8,7 +8,6 @@ import typer
 from sagellm_ir.cli import shared, watching
 from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
 from sagellm_ir.cli.timeline import timeline
-from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.text import parse_graph
 
 __all__ = ["add_to"]
@@ -51,7 +50,7 @@ def plan(
         compilation = Compilation((), parse_graph(shared.read_text(graph), graph), {})
     else:
         compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
-    made = compilation.plan(PassManager(passes, watch.instruments).run(compilation.graph))
+    made = compilation.plan(compilation.run_passes(passes, *watch.instruments))
     watch.report()
     if output is not None:
         save_plan(made, output)

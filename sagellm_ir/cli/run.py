@@ -18,7 +18,6 @@ from sagellm_ir.cli.compiling import (
     read_requests,
 )
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
 from sagellm_ir.target import Target
@@ -69,7 +68,9 @@ class _Engine:
                     help="pip install 'sagellm-ir[embedded]', or run with --engine simulator",
                 )
             ) from error
-        loaded = load_model(self.model or target.model.name, self.dtype)
+        name = self.model or target.model.name
+        with shared.working(f"loading {name}"):
+            loaded = load_model(name, self.dtype)
         return evolve(target, model=loaded.spec), partial(EmbeddedEngine, loaded)
 
 
@@ -116,7 +117,7 @@ def run(
         fitted, make = choice.fit(choose_target(target, overrides))
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
-        made = compilation.plan(PassManager(passes).run(compilation.graph))
+        made = compilation.plan(compilation.run_passes(passes))
         job = _Job(made, make(fitted))
     report = _watch(job, quiet=as_json or output is not None)
     if as_json or output is not None:

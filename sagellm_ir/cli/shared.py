@@ -5,11 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
@@ -35,6 +37,7 @@ __all__ = [
     "print_table",
     "read_text",
     "stderr",
+    "working",
 ]
 
 Args = ParamSpec("Args")
@@ -88,6 +91,11 @@ Out = Annotated[
 def stderr() -> Console:
     """The console for all that is not the result."""
     return Console(stderr=True, highlight=False)
+
+
+def working(what: str) -> AbstractContextManager[object]:
+    """Says on stderr, on a terminal, what is being done while it lasts."""
+    return stderr().status(escape(what))
 
 
 def note(message: str) -> None:

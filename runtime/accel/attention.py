@@ -60,6 +60,7 @@ class PrefixAttention:
         device: torch.device | str,
         gate: Gate | None = Gate(),  # noqa: B008 (frozen)
         workspace: int = 128 << 20,
+        overlap: bool = False,
     ) -> None:
         """Allocate the buffers.
 
@@ -70,6 +71,8 @@ class PrefixAttention:
             device: a CUDA device; the CPU under Triton's interpreter (`TRITON_INTERPRET=1`).
             gate: decides which groups are read once; None: all of them.
             workspace: bytes for the partial outputs of keys that are read in more than one piece.
+            overlap: run the shared kernel on a stream of its own, beside the private one: the one
+                is bound by arithmetic, the other by memory.
 
         Raises:
             SageIRError: the kernels do not support the spec, or a size is out of range.
@@ -93,16 +96,20 @@ class PrefixAttention:
             else 1
         )
         self._batch = self._rows = 0
+        self._side: torch.cuda.Stream | None = None
+        if overlap and self.device.type == "cuda":
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._allocate(workspace)
 
     def _allocate(self, workspace: int) -> None:
         spec, batch, rows = self.spec, self.max_batch, self.max_rows
         items = ceil_div(rows * spec.group, 16) + batch + 8 * self._sms
         parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
-        self._limits = Limits(self._sms, items, 8 * rows, 68 * rows, parts)
+        listed, entries = 8 * rows, 64 * rows
+        self._limits = Limits(self._sms, items, listed, entries, parts)
         always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 1}
-        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": 8 * rows}
-        tables = {"where_start": batch, "where": 68 * rows}
+        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": listed}
+        tables = {"where_start": batch, "where": entries}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
         self._items = self._ints(items * ITEM_FIELDS)
         self._sizes = self._ints(2)
@@ -254,19 +261,32 @@ class PrefixAttention:
         Raises:
             SageIRError: a tensor has the wrong shape, type or strides.
         """
-        spec, get = self.spec, self._meta.device
+        spec = self.spec
         x = Tensors(
             *(q, k_cache, v_cache, block_table, kv_lens, out, k_scales, v_scales, sinks),
             spec.score_scale * LOG2E * k_scale,
             v_scale,
         )
         x.check(spec, self._rows, self._batch)
-        if self.variant.shared:
-            tile = tile_for(spec, self.variant.shared)
-            grid = self._sms * tile.ctas
-            launch_attend(spec, tile, grid, x, self._lists, get("items"), get("sizes"), shared=True)
-        tile = tile_for(spec, self.variant.private)
-        grid = self._sms * tile.ctas
-        launch_attend(spec, tile, grid, x, self._lists, self._items, self._sizes, shared=False)
+        if self.variant.shared and self._side is not None:
+            # A fork and a join: under capture, parallel branches of the graph.
+            here = torch.cuda.current_stream(self.device)
+            self._side.wait_stream(here)
+            with torch.cuda.stream(self._side):
+                self._launch(x, shared=True)
+            self._launch(x, shared=False)
+            here.wait_stream(self._side)
+        else:
+            if self.variant.shared:
+                self._launch(x, shared=True)
+            self._launch(x, shared=False)
         launch_merge(spec, x, self._lists)
         return out
+
+    def _launch(self, x: Tensors, *, shared: bool) -> None:
+        tile = tile_for(self.spec, self.variant.shared if shared else self.variant.private)
+        items, sizes = self._items, self._sizes
+        if shared:
+            items, sizes = self._meta.device("items"), self._meta.device("sizes")
+        grid = self._sms * tile.ctas
+        launch_attend(self.spec, tile, grid, x, self._lists, items, sizes, shared=shared)

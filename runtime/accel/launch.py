@@ -163,7 +163,7 @@ def launch_attend(
         **attend_constants(spec, tile, shared=shared, upcast=upcast),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.registers,
+        maxnreg=tile.limit(spec, shared=shared),
     )
 
 

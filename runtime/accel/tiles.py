@@ -22,6 +22,14 @@ class Tile:
     """Per thread, at most; nothing is spilled."""
     ctas: int
     """Programs that one SM of an H100 or H200 holds at once."""
+    beside: int = 0
+    """Registers per thread of the shared kernel, at most, where a tile of keys lies in one page:
+    so few that a program with 16 private rows fits beside it. 0: as `registers`."""
+
+    def limit(self, spec: AttentionSpec, *, shared: bool) -> int:
+        """Registers per thread, at most, of one of the two kernels."""
+        single = spec.block_size % self.keys == 0
+        return self.beside if shared and single and self.beside else self.registers
 
 
 _NARROW = (  # head_dim <= 64
@@ -34,7 +42,7 @@ _MIDDLE = (
     Tile(16, 64, 4, 3, 168, 3),
     Tile(32, 64, 4, 3, 255, 2),
     Tile(64, 64, 4, 2, 255, 2),
-    Tile(128, 64, 8, 3, 255, 1),
+    Tile(128, 64, 8, 3, 255, 1, beside=168),
 )
 # head_dim 80 and 96 run in tiles of 128 columns, the masks of which take registers.
 _PADDED = (Tile(16, 64, 4, 3, 255, 2), *_MIDDLE[1:])
@@ -43,7 +51,7 @@ _MIDDLE_INT8 = (
     Tile(16, 64, 4, 4, 168, 3),
     Tile(32, 64, 4, 3, 255, 2),
     Tile(64, 32, 4, 3, 255, 2),
-    Tile(128, 32, 8, 3, 255, 1),
+    Tile(128, 32, 8, 3, 255, 1, beside=168),
 )
 _WIDE = (  # head_dim 256
     Tile(16, 32, 4, 3, 255, 2),

@@ -39,7 +39,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def build(
-    kernel: Any, spec: AttentionSpec, constants: dict[str, object], tile: Tile | None
+    kernel: Any,
+    spec: AttentionSpec,
+    constants: dict[str, object],
+    tile: Tile | None,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Compile one kernel; registers, bytes of stack (spills) and of shared memory."""
     cache, data = POINTER[spec.cache_dtype], POINTER[spec.dtype]
@@ -64,7 +68,8 @@ def build(
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     options = {}
     if tile:
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+        limit = tile.limit(spec, shared=shared)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": limit}
     source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -100,7 +105,8 @@ def main() -> None:
         spec = AttentionSpec(**fields | {"dtype": getattr(torch, fields.get("dtype", "bfloat16"))})
         if name == "attend":
             tile = tile_for(spec, rows)
-            found = build(kernels.attend, spec, attend_constants(spec, tile, shared=shared), tile)
+            constants = attend_constants(spec, tile, shared=shared)
+            found = build(kernels.attend, spec, constants, tile, shared)
         elif name == "merge":
             found = build(kernels.merge, spec, merge_constants(spec), None)
         else:

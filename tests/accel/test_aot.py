@@ -69,15 +69,20 @@ def test_every_kernel_fits_hopper() -> None:
 
 def complaints(case: Case, use: dict[str, Any]) -> Iterator[str]:
     """What breaks a promise of `tiles`."""
-    name, fields, rows, _ = case
+    name, fields, rows, shared = case
     if use["STACK"] or use["LOCAL"]:
         yield "spilled registers"
     if name != "attend":
         return
     spec = AttentionSpec(**{key: value for key, value in fields.items() if key != "dtype"})
     tile = tile_for(spec, rows)
-    if use["REG"] > tile.registers:
+    if use["REG"] > tile.limit(spec, shared=shared):
         yield "too many registers"
+    if tile.beside and shared and spec.block_size % tile.keys == 0:
+        small = tile_for(spec, 16)
+        threads = use["REG"] * tile.warps + small.registers * small.warps
+        if threads * 32 > SM_REGISTERS:
+            yield "no room for a private program beside it"
     if -(-use["REG"] // 8) * 8 * 32 * tile.warps * tile.ctas > SM_REGISTERS:
         yield f"registers for fewer than {tile.ctas} programs"
     if (use["shared"] + CTA_SHARED) * tile.ctas > SM_SHARED:

@@ -88,9 +88,12 @@ class _Lowering:
         self.flat = FlatGraph(graph)
         self.pools = Pools(graph, self.flat, resident, live, retain)
         self.cost = CostModel(graph.target)
-        self.batches = {
-            worker.name: Batch(graph, self.flat, self.cost) for worker in graph.target.workers
-        }
+        workers = [worker.name for worker in graph.target.workers]
+        self.batches = {name: Batch(graph, self.flat, self.cost) for name in workers}
+        self.fills = self.batches
+        """By worker, the batch of steps with prefills: another one where decodes rest in them."""
+        if not graph.target.mixed:
+            self.fills = {name: Batch(graph, self.flat, self.cost) for name in workers}
         self.order = {request.id: number for number, request in enumerate(graph.requests)}
         self.bound: dict[str, int] = {}
         """For each request, the node its table reaches to."""
@@ -134,7 +137,7 @@ class _Lowering:
         """One step: what ends, what moves, what is bound, what runs."""
         flat = self.flat
         worker = flat.step_worker[index]
-        batch = self.batches[worker]
+        batch = (self.fills if index in flat.prefills else self.batches)[worker]
         self.pools.release(flat.dead.get(index, ()))
         self.end(flat.ended.get(index, ()))
         moves, seconds = self.move(flat.moves.get(index, ()), worker)
@@ -163,6 +166,7 @@ class _Lowering:
         for i in ended:
             batch = self.batches[flat.worker[i]]
             if not flat.span[i]:
+                batch = batch if i in batch.reduces else self.fills[flat.worker[i]]
                 del batch.reduces[i]
             elif flat.forwards[i]:
                 batch.part(i, self.order[flat.request[i]])

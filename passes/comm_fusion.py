@@ -7,7 +7,7 @@ from typing import ClassVar
 from attrs import field, frozen, validators
 
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin
+from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin, Prefill
 from sagellm_ir.nodes.allreduce import payload
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.rewrite import Names, merge
@@ -16,8 +16,8 @@ from sagellm_ir.verify.schedule import step_workers
 
 __all__ = ["CommFusion"]
 
-Place = tuple[str | None, str]
-"""A worker and a group of ranks."""
+Place = tuple[str | None, str, bool]
+"""A worker, a group of ranks, and whether it is of prefills that decodes rest beside."""
 
 
 @frozen
@@ -75,7 +75,8 @@ class _Fusion:
         for node in sums:
             for name in node.operands:
                 if self._runs(name):
-                    self.old[node.worker, node.group][name] = node
+                    apart = not graph.target.mixed and isinstance(graph.by_name[name], Prefill)
+                    self.old[node.worker, node.group, apart][name] = node
         self.used: set[str] = set()
         workers = [worker.name for worker in graph.target.workers]
         self.owners: list[str] = []
@@ -94,7 +95,7 @@ class _Fusion:
         for name in rows:
             first, last = self._span(name)
             comes[first].append(name)
-            goes[self._own(last + 1, rows[name].worker)].append(name)
+            goes[self._next(last + 1, name)].append(name)
         goes.pop(len(self.graph.loops), None)
         running: dict[str, None] = {}
         before: set[tuple[str, ...]] = set()
@@ -108,11 +109,16 @@ class _Fusion:
                     yield self._sum(bucket, step, rows)
             before = set(buckets)
 
-    def _own(self, step: int, worker: str | None) -> int:
-        """The first step from `step` on that is the worker's; the number of steps if none is."""
-        steps = len(self.graph.loops)
-        worker = worker or self.graph.target.workers[0].name
-        while step < steps and self.owners and self.owners[step] != worker:
+    def _next(self, step: int, name: str) -> int:
+        """The first step from `step` on in which rows that run beside this one may run, or the
+        number of steps: one of its worker, and for a decode one in which decodes do not rest."""
+        graph, node = self.graph, self.graph.by_name[name]
+        steps, worker = len(graph.loops), node.worker or graph.target.workers[0].name
+        rests = isinstance(node, Decode)
+        while step < steps and (
+            (self.owners and self.owners[step] != worker)
+            or (rests and not graph.decode_loops[step])
+        ):
             step += 1
         return step
 

@@ -19,13 +19,13 @@ class Schedule(Pass):
     """Gives every node a step, by simulating continuous batching in virtual time.
 
     Law: the nodes and what they compute stay as they are, but that a prefill may be cut where a
-    step is full, and a decode where prefills interrupt it (on a target that does not mix them);
-    cut parts are chains `%x.0`, `%x.1`, ..., `%x`. A step keeps to `max_tokens` and `max_batch`,
-    and all KV that running requests have or will grow to fits the device tier.
+    step is full: into a chain `%x.0`, `%x.1`, ..., `%x`. A step keeps to `max_tokens` and
+    `max_batch`, and all KV that running requests have or will grow to fits the device tier.
 
-    Order: decodes that have begun run in every step, and prefills fill the rest of it. Requests
-    are admitted by priority (larger first), then deadline, then so that those that share a
-    prefix follow each other, then arrival. The nodes of the result stand in the order they run.
+    Order: decodes that have begun run in every step, and prefills fill the rest of it; on a target
+    that does not mix them prefills have steps of their own, in which decodes rest. Requests are
+    admitted by priority (larger first), then deadline, then so that those that share a prefix
+    follow each other, then arrival. The nodes of the result stand in the order they run.
     """
 
     name: ClassVar[str] = "schedule"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
-from sagellm_ir.nodes import IRNode, Location
+from sagellm_ir.nodes import IRNode, Location, Prefill
 from sagellm_ir.request import RequestInfo
 from sagellm_ir.target import Target
 
@@ -82,6 +82,17 @@ class IRGraph:
             for operand in node.operands:
                 users[operand].append(node)
         return users
+
+    @cached_property
+    def decode_loops(self) -> tuple[int, ...]:
+        """By how much the decodes that run in each step advance: by its forwards.
+
+        On a target that does not mix, decodes rest in a step with prefills: they advance by 0.
+        """
+        if self.target.mixed:
+            return self.loops
+        filled = {node.step for node in self.nodes if isinstance(node, Prefill)}
+        return tuple(0 if step in filled else loops for step, loops in enumerate(self.loops))
 
     def replace(self, **changes: Any) -> "IRGraph":
         """A copy of this graph with some fields changed."""

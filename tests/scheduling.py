@@ -67,6 +67,9 @@ class _Run:
         """What may start now on a worker, within the target's budgets, in node order."""
         target = self.graph.target
         rows = len(self.running(worker))
+        # decodes under way may rest for a step, but then none may start in it
+        rest = bool(rows) and not target.mixed and self.choose((True, False))
+        rows = 0 if rest else rows
         tokens, sequences = rows, rows
         found: dict[str, IRNode] = {}
         for node in self.graph.nodes:
@@ -81,6 +84,8 @@ class _Run:
                     continue
                 tokens, sequences = tokens + size, sequences + 1
             elif isinstance(node, Decode) and self.forwards(node):
+                if rest:
+                    continue
                 prefill = any(isinstance(other, Prefill) for other in found.values())
                 over = tokens == target.max_tokens or sequences == target.max_batch
                 if over or (prefill and not target.mixed):
@@ -108,9 +113,10 @@ class _Run:
     def run(self, worker: str, starting: list[IRNode], now: int) -> None:
         decodes = [node for node in starting if isinstance(node, Decode)]
         self.left |= {node.name: self.forwards(node) for node in decodes if self.forwards(node)}
-        running = self.running(worker)
-        most = min([self.graph.target.max_loops, *(self.left[name] for name in running)])
         prefill = any(isinstance(node, Prefill) for node in starting)
+        rest = prefill and not self.graph.target.mixed
+        running = [] if rest else self.running(worker)
+        most = min([self.graph.target.max_loops, *(self.left[name] for name in running)])
         loops = 1 if prefill or not running else self.choose(range(1, most + 1))
         self.loops.append(loops)
         for node in starting:

@@ -121,6 +121,7 @@ class _Emitter:
             at[value] = first
         if extras:
             self.extra[batch.step] = extras
+        if extras and self.target.mixed:  # else decodes rest beside any prefill
             for decode in self.running[self.live.worker[batch.values[0][0]]]:
                 self.cuts.setdefault(decode, []).append(batch.step)
         return instead

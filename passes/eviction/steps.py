@@ -23,11 +23,12 @@ class Steps:
             mine = [step if self.owner[step] == worker else -1 for step in range(count)]
             self._before.append(list(accumulate(mine, max, initial=-1)))
             loops = [
-                graph.loops[step] if self.owner[step] == worker else 0 for step in range(count)
+                forwards if owner == worker else 0
+                for forwards, owner in zip(graph.decode_loops, self.owner, strict=True)
             ]
             self._forwards.append(list(accumulate(loops, initial=0)))
         self.spare = self._spare(graph)
-        """Rows each step could still compute."""
+        """Rows each step could still compute, if it has a prefill already."""
 
     def _spare(self, graph: IRGraph) -> list[int]:
         changes = [0] * (len(graph.loops) + 1)
@@ -35,6 +36,8 @@ class Steps:
             if isinstance(node, Prefill) and node.step is not None:
                 changes[node.step] += node.stop - node.start
                 changes[node.step + 1] -= node.stop - node.start
+            elif not graph.target.mixed:
+                continue  # decodes rest beside prefills
             elif isinstance(node, Decode) and node.step is not None and node.until is not None:
                 changes[node.step] += 1
                 changes[node.until + 1] -= 1

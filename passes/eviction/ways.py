@@ -114,8 +114,10 @@ class Ways:
 
     def _fixed(self, next_use: int) -> bool:
         """Whether a decode that a move copies later runs in the step that needs the value next:
-        it must stay whole, so no step can be put in there."""
-        return any(first < next_use <= end for first, end in self.copied_decodes)
+        it must stay whole, so no step that cuts it can be put in there."""
+        return self.target.mixed and any(
+            first < next_use <= end for first, end in self.copied_decodes
+        )
 
     def _store(self, pool: Pool, blocks: int) -> int:
         """The fastest lower tier with room, or -1."""

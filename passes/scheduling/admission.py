@@ -31,6 +31,8 @@ class Admission(ABC):
         tier = target.tier(DEVICE)
         self.capacity = tier.blocks if tier else 0
         self.max_rows = min(target.max_batch, target.max_tokens)
+        self.sure = target.max_tokens - (self.max_rows if target.mixed else 0)
+        """Rows that any step has for prefills."""
         self.missing = [
             len(reads) + len(waits)
             for reads, waits in zip(problem.operands, problem.waits, strict=True)
@@ -96,7 +98,6 @@ class Admission(ABC):
         while state.inbox and state.inbox[0][0] <= state.now:
             _, rank, number, job = heappop(state.inbox)
             heappush(state.queue, (rank, number, job))
-            state.changes += 1
             if ready[job.request] < 0:
                 ready[job.request] = len(self.timeline.loops)
             self.timeline.queued[job.request] = len(self.timeline.loops)

@@ -1,7 +1,6 @@
 """A timeline -> the scheduled graph."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin, Prefill
@@ -33,8 +32,8 @@ def apply(problem: Problem, timeline: Timeline) -> IRGraph:
             continue
         if i not in parts:
             node = nodes[i]
-            assert isinstance(node, Prefill | Decode), "moves are never cut"
-            cut[node.name] = _cut(node, pieces[i], step[i], until[i], names)
+            assert isinstance(node, Prefill), "only prefills are cut"
+            cut[node.name] = _cut(node, pieces[i], step[i], names)
             parts[i] = iter(cut[node.name])
         ordered.append(next(parts[i]))
     if COLLECTIVE in problem.kind:
@@ -76,28 +75,23 @@ def at_step(node: IRNode, step: int, until: int = -1) -> IRNode:
     return node.replace(step=step)
 
 
-def _cut(
-    node: Prefill | Decode, pieces: list[Piece], step: int, until: int, names: Names
-) -> list[IRNode]:
+def _cut(node: Prefill, pieces: list[Piece], step: int, names: Names) -> list[IRNode]:
     """The node as a chain; its last part keeps its name, so its users stay as they are."""
     chain: list[IRNode] = []
     operands, after, start = node.operands, node.after, node.start
-    for number, piece in enumerate([*pieces, Piece(node.stop, step, until)]):
+    for number, piece in enumerate([*pieces, Piece(node.stop, step)]):
         last = number == len(pieces)
-        name = node.name if last else names.fresh(f"{node.name}.{number}")
-        origin = node.origin if last else Origin(BY, (node.name,))
-        common: dict[str, Any] = {
-            "operands": operands,
-            "after": after,
-            "step": piece.step,
-            "worker": node.worker,
-            "loc": node.loc,
-            "origin": origin,
-        }
-        if isinstance(node, Decode):
-            common["until"] = piece.until
-        chain.append(type(node)(name, node.request, start, piece.stop, **common))
-        operands, after, start = (name,), (), piece.stop
+        part = node.replace(
+            name=node.name if last else names.fresh(f"{node.name}.{number}"),
+            start=start,
+            stop=piece.stop,
+            operands=operands,
+            after=after,
+            step=piece.step,
+            origin=node.origin if last else Origin(BY, (node.name,)),
+        )
+        chain.append(part)
+        operands, after, start = (part.name,), (), piece.stop
     return chain
 
 

@@ -21,9 +21,6 @@ __all__ = ["simulate"]
 LOOKAHEAD = 4
 """Prefills that may be passed over in a step because they do not fit, at most."""
 
-INTERRUPTION = 4
-"""Decode rows that one new or ended job may interrupt, on a target that does not mix steps."""
-
 
 def simulate(problem: Problem, arrivals: bool, fill: bool) -> Timeline:
     """Assigns every node a step.
@@ -88,53 +85,20 @@ class Simulation(Admission):
             self._move(state, node)
         if mixed:
             self._start_all(state, decodes)
-        passed = self._may_interrupt(state) and self._fill(state)
-        limit = self._limit(state, passed)
-        if not mixed and state.rows:
-            state.changes = 0
-            self._pause(state)
-            state.decodes = decodes + state.decodes
+        limit = self._limit(state, self._fill(state))
+        if not mixed and state.rows:  # decodes rest
+            state.decodes[:0] = decodes
         elif not mixed:
             state.decoding = True
-            self._resume(state)
             self._make_room(state, rows)
             self._start_all(state, decodes)
         state.open = False
         if state.done or state.rows or (state.running and state.decoding):
             self._advance(index, state, limit)
 
-    def _may_interrupt(self, state: WorkerState) -> bool:
-        """Whether prefills may run now, though that stops decodes where steps are not mixed.
-
-        It cuts every row in two, so it has to be worth it: of all interruptions together come
-        at most so many pieces as there are jobs, times a constant. What a move copies is whole.
-        """
-        if self.target.mixed or state.paused or not state.running:
-            return True
-        if INTERRUPTION * state.changes < len(state.running):
-            return False
-        return not any(node in self.problem.copied for _, node in state.running)
-
     def _make_room(self, state: WorkerState, rows: int) -> None:
         state.room = self.target.max_tokens - rows
         state.seats = self.target.max_batch - rows
-
-    def _pause(self, state: WorkerState) -> None:
-        """Cuts the rows under way: on this target a step with a prefill runs no decode."""
-        if state.paused or not state.running:
-            return
-        state.paused = True
-        for end, node in state.running:
-            stop = self.problem.stop[node] - (end - state.forwards)
-            began = self.timeline.step[node]
-            self.timeline.pieces.setdefault(node, []).append(Piece(stop, began, state.last))
-
-    def _resume(self, state: WorkerState) -> None:
-        """Lets cut rows go on."""
-        if state.paused:
-            state.paused = False
-            for _, node in sorted(state.running):
-                self._place(node)
 
     def _limit(self, state: WorkerState, passed: bool) -> tuple[Limit | None, int]:
         """What kept more work out of the step, and whose work that is."""
@@ -231,7 +195,7 @@ class Simulation(Admission):
                 continue
             passed.append(entry)
             # passing over is fair only to what fits in the next step, whatever starts until then
-            if self.size[entry[1]] > self.target.max_tokens - self.max_rows:
+            if self.size[entry[1]] > self.sure:
                 break
         for entry in passed:
             heappush(ready, entry)
@@ -247,7 +211,7 @@ class Simulation(Admission):
         aligned = (start + state.room) // block * block - start
         if aligned > 0:
             return aligned
-        return state.room if block > self.target.max_tokens - self.max_rows else 0
+        return state.room if block > self.sure else 0
 
     def _take_seat(self, state: WorkerState, node: int) -> bool:
         """A sequence has one seat in a step, however many of its prefills run in it."""
@@ -268,8 +232,7 @@ class Simulation(Admission):
         state.reads += start
         self._place(node)
         if rows < self.size[node]:
-            step = len(self.timeline.loops)
-            piece = Piece(start + rows, step, step)
+            piece = Piece(start + rows, len(self.timeline.loops))
             self.timeline.pieces.setdefault(node, []).append(piece)
             self.start[node] += rows
             self.size[node] -= rows
@@ -291,7 +254,6 @@ class Simulation(Admission):
         timeline.head.append(limit[1])
         state.now += cost
         if rows:
-            state.last = len(timeline.loops) - 1
             state.forwards += loops
             state.context += rows * loops
             while state.running and state.running[0][0] <= state.forwards:
@@ -310,15 +272,16 @@ class Simulation(Admission):
         """Forwards of the step and its seconds."""
         if not rows and not state.rows:
             return 0, state.transfer
-        read = min(state.context, state.pinned * self.target.block_size) + state.reads
+        context = state.context if rows else 0
+        read = min(context, state.pinned * self.target.block_size) + state.reads
         loops = 1
         if not state.rows:
             loops = min(state.running[0][0] - state.forwards, self.target.max_loops)
-            once = self.cost.forward(rows, state.context + rows, read, rows)
+            once = self.cost.forward(rows, context + rows, read, rows)
             if state.inbox:  # a coming request should not wait for a long step
                 loops = min(loops, max(1, math.ceil((state.inbox[0][0] - state.now) / once)))
         # attention grows by a key a row in each forward: price the one in the middle
-        pairs = state.pairs + (state.context if rows else 0) + rows * (loops + 1) // 2
+        pairs = state.pairs + context + rows * (loops + 1) // 2
         tokens, logits = rows + state.rows, rows + state.logits
         return loops, state.transfer + loops * self.cost.forward(tokens, pairs, read, logits)
 
@@ -331,7 +294,6 @@ class Simulation(Admission):
             if job.active:
                 job.active = False
                 home.active -= 1
-                home.changes += 1
                 home.stuck = None
             if not job.copies:
                 home.pinned -= self.jobs.unpin(job)

@@ -27,11 +27,10 @@ class Limit(str, Enum):
 
 
 class Piece(NamedTuple):
-    """A part of a prefill or a decode that ends before the node does."""
+    """A part of a prefill that ends before the node does."""
 
     stop: int
     step: int
-    until: int
 
 
 @frozen
@@ -115,7 +114,7 @@ class Timeline:
         for name in ("step", "until", "ready", "opened", "queued", "admitted", "places"):
             setattr(self, name, [new[step] for step in getattr(self, name)])
         for node, pieces in self.pieces.items():
-            self.pieces[node] = [Piece(p.stop, new[p.step], new[p.until]) for p in pieces]
+            self.pieces[node] = [Piece(p.stop, new[p.step]) for p in pieces]
         by_step = sorted(range(len(self.issued)), key=self.places.__getitem__)
         self.issued = [self.issued[i] for i in by_step]
         self.places = [self.places[i] for i in by_step]

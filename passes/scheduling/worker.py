@@ -33,12 +33,6 @@ class WorkerState:
     """Device blocks that admitted jobs hold or will grow to."""
     active: int = 0
     """Admitted jobs that have not ended."""
-    changes: int = 0
-    """Jobs that came or ended since the last prefill."""
-    paused: bool = False
-    """Whether its decode rows wait for prefills to end (on a target that does not mix them)."""
-    last: int = -1
-    """The last step that ran decodes."""
     stuck: Limit | None = None
     """Why the head of the queue was refused: stands until a job ends or another is the head."""
     # of the step being made:

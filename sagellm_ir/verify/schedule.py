@@ -125,9 +125,11 @@ def _too_early(c: Columns, i: int, j: int, what: str) -> Finding:
 
 
 def collectives_inside(c: Columns) -> Iterator[Finding]:
-    """A collective starts in a step in which all its operands run."""
+    """A collective starts in a step in which all its operands run, and none rests."""
     user, operand = c.operands.user, c.operands.target
     outside = (c.step[user] < c.step[operand]) | (c.step[user] > c.finish[operand])
+    resting = np.array(c.graph.decode_loops, dtype=np.int64)[c.step[user]] == 0
+    outside |= resting & (c.forwards[operand] > 0)
     for edge in np.flatnonzero(outside & c.is_allreduce[user]).tolist():
         i, j = int(user[edge]), int(operand[edge])
         yield Finding(f"%{c.names[j]} does not run in step {c.step[i]}, its collective does", i)
@@ -146,11 +148,12 @@ def step_on_one_worker(c: Columns) -> Iterator[Finding]:
 def decode_forwards(c: Columns) -> Iterator[Finding]:
     """A decode gets the forwards it needs: over its steps, on its worker, not one more.
 
+    It starts and ends in steps in which it advances; in between it may rest (`decode_loops`).
     n tokens need n forwards, and n-1 when the prompt's last prefill yields the first token. With
     no forward to run, the decode is done in the step of that prefill.
     """
     decodes = np.flatnonzero(c.is_decode)
-    owners, loops = step_workers(c), np.array(c.graph.loops, dtype=np.int64)
+    owners, loops = step_workers(c), np.array(c.graph.decode_loops, dtype=np.int64)
     worker = np.maximum(c.worker[decodes], 0)
     step, until, needed = c.step[decodes], c.finish[decodes], c.forwards[decodes]
     got = np.zeros(len(decodes), dtype=np.int64)
@@ -159,8 +162,13 @@ def decode_forwards(c: Columns) -> Iterator[Finding]:
         mine = worker == number
         got[mine] = done[until[mine] + 1] - done[step[mine]]
     idle = (owners[until] != worker) | (owners[step] != worker)
+    idle |= (loops[until] == 0) | (loops[step] == 0)
     for k in np.flatnonzero((needed > 0) & ((got != needed) | idle)).tolist():
-        ends = "" if got[k] != needed[k] else ", but starts or ends in a step of another worker"
+        ends = (
+            ""
+            if got[k] != needed[k]
+            else ", but it starts or ends in a step in which it does not run"
+        )
         yield Finding(
             f"the decode needs {needed[k]} forwards, and steps {step[k]} to {until[k]} "
             f"have {got[k]}{ends}",
@@ -177,11 +185,15 @@ def decode_forwards(c: Columns) -> Iterator[Finding]:
 
 
 def step_budgets(c: Columns) -> Iterator[Finding]:
-    """A step keeps to the target's tokens, sequences and mix; with a prefill it has one forward."""
+    """A step keeps to the target's tokens and sequences; with a prefill it has one forward.
+
+    Decodes that rest take no room.
+    """
     target, steps = c.graph.target, len(c.graph.loops)
     loops = np.array(c.graph.loops, dtype=np.int64)
     owners = step_workers(c)
     rows = _running(c, c.is_decode & (c.forwards > 0))[owners, np.arange(steps)]
+    rows[np.array(c.graph.decode_loops, dtype=np.int64) == 0] = 0
     step, span = c.step[c.is_prefill], (c.stop - c.start)[c.is_prefill]
     tokens = np.bincount(step, weights=span, minlength=steps).astype(np.int64)
     pairs = np.unique(np.stack((step, c.request[c.is_prefill])), axis=1)
@@ -196,8 +208,6 @@ def step_budgets(c: Columns) -> Iterator[Finding]:
         yield Finding(
             f"step {k} runs {sequences[k] + rows[k]} sequences, max_batch is {target.max_batch}"
         )
-    for k in np.flatnonzero((sequences > 0) & (rows > 0)).tolist() if not target.mixed else ():
-        yield Finding(f"step {k} has prefills and decodes, but the target does not mix them")
 
 
 SCHEDULE_LAWS = (

@@ -31,7 +31,7 @@ def rows(graph: IRGraph, step: int) -> set[str]:
             continue
         if isinstance(node, Decode):
             prompt = graph.request[node.request].prompt_len
-            if node.stop - node.start == (node.start == prompt):
+            if node.stop - node.start == (node.start == prompt) or not graph.decode_loops[step]:
                 continue
         elif node.kind != "prefill":
             continue

@@ -33,14 +33,17 @@ from sagellm_ir.runtime.accel.selfcheck import Batch, largest_error, random_batc
 Rates = dict[str, float]
 
 
-def attention(work: Workload, device: str, gate: Gate | None) -> PrefixAttention:
+def attention(
+    work: Workload, device: str, gate: Gate | None, overlap: bool = False
+) -> PrefixAttention:
     return PrefixAttention(
         work.spec,
         max_batch=len(work.q_lens),
         max_rows=sum(work.q_lens),
         device=device,
         gate=gate,
-        workspace=256 << 20 if device == "cuda" else 1 << 20,
+        workspace=256 << 20 if device.startswith("cuda") else 1 << 20,
+        overlap=overlap,
     )
 
 
@@ -61,9 +64,11 @@ def check(works: list[Workload], device: str) -> bool:
     return good
 
 
-def ours(work: Workload, batch: Batch, gate: Gate | None) -> tuple[float, PrefixAttention]:
+def ours(
+    work: Workload, batch: Batch, gate: Gate | None, overlap: bool = False
+) -> tuple[float, PrefixAttention]:
     """Seconds of a layer: `schedule` runs once a forward, so it is not part of it."""
-    kernels = attention(work, str(batch.q.device), gate)
+    kernels = attention(work, str(batch.q.device), gate, overlap)
     kernels.update(work.q_lens, work.kv_lens, work.groups)
     kernels.schedule(batch.lengths)
     out = torch.empty_like(batch.q)
@@ -78,7 +83,7 @@ def run(kernels: PrefixAttention, batch: Batch, out: torch.Tensor) -> torch.Tens
 
 
 def measure(work: Workload, device: str, gate: Gate | None, rates: Rates) -> dict[str, Any]:
-    """One row: ours with the gate, ours without sharing, and every peer."""
+    """One row: ours with the gate, on one stream and on two; without sharing; every peer."""
     batch = random_batch(
         *(work.spec, work.q_lens, work.kv_lens, work.groups), device=device, poison=False
     )
@@ -87,6 +92,8 @@ def measure(work: Workload, device: str, gate: Gate | None, rates: Rates) -> dic
     floors = [max(b / rates["bandwidth"], f / rates["flops"]) for b, f in work.phases]
     row: dict[str, Any] = {"name": work.name, "ours_us": time * 1e6, "phases": work.phases}
     row |= {"variant": asdict(kernels.variant), "roofline_share": max(floors) / time}
+    if kernels.variant.shared:
+        row["overlap_us"] = ours(work, batch, gate, overlap=True)[0] * 1e6
     plain = Workload(work.name, work.spec, work.q_lens, work.kv_lens, ())
     row["plain_us"] = ours(plain, batch, gate)[0] * 1e6
     row["peers"] = {name: peer(name, work.spec, batch, expected) for name in PEERS}
@@ -133,14 +140,14 @@ def show(row: dict[str, Any]) -> str:
     best = row["best_peer_us"] or float("nan")
     found = {name: f"{peer['us']:.1f}" for name, peer in row["peers"].items() if "us" in peer}
     found |= {name: "failed" for name, peer in row["peers"].items() if "failed" in peer}
-    times = (
-        f"{row['ours_us']:9.1f} {row['plain_us']:9.1f} {best:9.1f} {row['ours_us'] / best:6.2f}x"
-    )
+    one = row["ours_us"]
+    times = f"{one:9.1f} {row.get('overlap_us', one):9.1f} {row['plain_us']:9.1f} {best:9.1f}"
     peers = " ".join(f"{name}={value}" for name, value in found.items())
-    return f"{row['name']:<58} {times} {row['roofline_share']:6.0%}  {peers}"
+    return f"{row['name']:<58} {times} {one / best:6.2f}x {row['roofline_share']:6.0%}  {peers}"
 
 
-HEADER = f"{'us a layer':<58} {'ours':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
+COLUMNS = f"{'ours':>9} {'overlap':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
+HEADER = f"{'us a layer':<58} {COLUMNS}"
 
 
 def table(options: argparse.Namespace, path: Path) -> None:

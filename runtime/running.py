@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from attrs import define, field, frozen
 
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
-from sagellm_ir.runtime.backend import EngineView, Finish, InferenceBackend, TokenEvent
+from sagellm_ir.runtime.backend import Finish, InferenceBackend, TokenEvent
 
 __all__ = ["Answer", "RunReport", "run_plan"]
 
@@ -72,26 +72,11 @@ class RunReport:
         }
 
 
-class _Watched:
-    """The steps of a plan, handed out one by one."""
-
-    def __init__(self, plan: ExecutionPlan, watch: Callable[[PlanStep], None]) -> None:
-        self._steps = iter(plan.steps)
-        self._watch = watch
-
-    def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        step = next(self._steps, None)
-        if step is not None:
-            self._watch(step)
-        return step
-
-
 def run_plan(
     engine: InferenceBackend,
     plan: ExecutionPlan,
     on_token: Callable[[TokenEvent], None] | None = None,
-    on_step: Callable[[PlanStep], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> RunReport:
     """Submit a plan's requests, run its steps, release the requests.
 
@@ -99,7 +84,7 @@ def run_plan(
         engine: made for the plan's target.
         plan: what to run.
         on_token: called with each token as it is made.
-        on_step: called with each step before it runs.
+        clock: seconds; a simulator's own for virtual time.
 
     Raises:
         SageIRError: the plan does not fit the engine.
@@ -107,12 +92,13 @@ def run_plan(
     answers = {request.id: Answer(request.id) for request in plan.requests}
     for request in plan.requests:
         engine.submit(request, request.sampling)
-    began = time.perf_counter()
-    for event in engine.stream(_Watched(plan, on_step or (lambda step: None))):
-        _record(answers[event.request], event, time.perf_counter() - began)
-        if on_token:
-            on_token(event)
-    seconds = time.perf_counter() - began
+    began = clock()
+    for step in plan.steps:
+        for event in engine.step(step):
+            _record(answers[event.request], event, clock() - began)
+            if on_token:
+                on_token(event)
+    seconds = clock() - began
     for request in plan.requests:
         engine.release(request.id)
     return RunReport(

@@ -1,5 +1,6 @@
 """`run`: compile requests and run them, or run a plan file."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ def run(
     report = _watch(job, quiet=as_json or output is not None)
     if as_json or output is not None:
         shared.emit_json(_as_data(report), output)
-    _summarise(report)
+    _summarise(report, "Summary" if engine == "embedded" else "Summary, in virtual time")
 
 
 def _questions(prompts: list[str], max_new: int) -> tuple[Request, ...]:
@@ -156,7 +157,14 @@ def _watch(job: _Job, quiet: bool) -> "RunReport":
             bar.advance(task)
             answers.add(event)
 
-        return run_plan(job.engine, job.plan, on_token)
+        return run_plan(job.engine, job.plan, on_token, _clock(job.engine))
+
+
+def _clock(engine: "InferenceBackend") -> Callable[[], float]:
+    """The simulator's own time, or the time on the wall."""
+    from sagellm_ir.runtime.engines.simulator import SimulatorEngine
+
+    return (lambda: engine.now) if isinstance(engine, SimulatorEngine) else time.perf_counter
 
 
 class _Answers:
@@ -176,7 +184,7 @@ class _Answers:
             return
         text = self._text.pop(event.request, "") + event.text
         if event.finish:
-            print(f"[{event.request}] {text.strip()}\n", flush=True)
+            print(f"[{event.request}] {text.strip() or '(no text)'}\n", flush=True)
         else:
             self._text[event.request] = text
 
@@ -186,10 +194,10 @@ def _as_data(report: "RunReport") -> dict[str, object]:
     return {"answers": answers, "summary": report.summary()}
 
 
-def _summarise(report: "RunReport") -> None:
+def _summarise(report: "RunReport", title: str) -> None:
     """The savings and speeds, on stderr."""
     figures = report.summary()
-    table = Table(title="Summary", title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("requests", f"{figures['requests']:.0f}")
     table.add_row(
         "prompt tokens",

@@ -76,7 +76,6 @@ def run_plan(
     engine: InferenceBackend,
     plan: ExecutionPlan,
     on_token: Callable[[TokenEvent], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> RunReport:
     """Submit a plan's requests, run its steps, release the requests.
 
@@ -84,7 +83,6 @@ def run_plan(
         engine: made for the plan's target.
         plan: what to run.
         on_token: called with each token as it is made.
-        clock: seconds; a simulator's own for virtual time.
 
     Raises:
         SageIRError: the plan does not fit the engine.
@@ -92,13 +90,13 @@ def run_plan(
     answers = {request.id: Answer(request.id) for request in plan.requests}
     for request in plan.requests:
         engine.submit(request, request.sampling)
-    began = clock()
+    began = time.perf_counter()
     for step in plan.steps:
         for event in engine.step(step):
-            _record(answers[event.request], event, clock() - began)
+            _record(answers[event.request], event, time.perf_counter() - began)
             if on_token:
                 on_token(event)
-    seconds = clock() - began
+    seconds = time.perf_counter() - began
     for request in plan.requests:
         engine.release(request.id)
     return RunReport(

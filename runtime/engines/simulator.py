@@ -137,11 +137,6 @@ class SimulatorEngine:
         """Everything."""
         return Capability("simulator", tiers=tuple(t.name for t in self.target.tiers), max_tp=1024)
 
-    @property
-    def now(self) -> float:
-        """Virtual seconds: the clock of the worker that is furthest."""
-        return max(self._clock.values())
-
     def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
         """Make a request known.
 

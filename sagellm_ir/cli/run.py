@@ -1,6 +1,5 @@
 """`run`: compile requests and run them, or run a plan file."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from sagellm_ir.cli.compiling import (
     compile_requests,
     read_requests,
 )
+from sagellm_ir.cli.simulate import simulate
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
@@ -40,10 +40,10 @@ def add_to(app: typer.Typer) -> None:
 
 @frozen
 class _Job:
-    """What to run, and on what."""
+    """What to run, and what makes the engine for it."""
 
     plan: "ExecutionPlan"
-    engine: "InferenceBackend"
+    make: "Callable[[Target], InferenceBackend]"
 
 
 @frozen
@@ -119,11 +119,14 @@ def run(
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
         made = compilation.plan(compilation.run_passes(passes))
-        job = _Job(made, make(fitted))
+        job = _Job(made, make)
+    if engine == "simulator":
+        simulate(job.plan, as_json, output)
+        return
     report = _watch(job, quiet=as_json or output is not None)
     if as_json or output is not None:
         shared.emit_json(_as_data(report), output)
-    _summarise(report, "Summary" if engine == "embedded" else "Summary, in virtual time")
+    _summarise(report)
 
 
 def _questions(prompts: list[str], max_new: int) -> tuple[Request, ...]:
@@ -141,13 +144,14 @@ def _load(path: Path, choice: _Engine) -> _Job:
     made = load_plan(path)
     verify_plan(made)
     _, make = choice.fit(made.target)
-    return _Job(made, make(made.target))
+    return _Job(made, make)
 
 
 def _watch(job: _Job, quiet: bool) -> "RunReport":
     """Runs the plan with a progress bar; prints answers as they end, a single one as it grows."""
     from sagellm_ir.runtime.running import run_plan
 
+    engine = job.make(job.plan.target)
     answers = _Answers(live=len(job.plan.requests) == 1, quiet=quiet)
     columns = (TextColumn("running"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=shared.stderr(), transient=True, disable=answers.live) as bar:
@@ -157,14 +161,7 @@ def _watch(job: _Job, quiet: bool) -> "RunReport":
             bar.advance(task)
             answers.add(event)
 
-        return run_plan(job.engine, job.plan, on_token, _clock(job.engine))
-
-
-def _clock(engine: "InferenceBackend") -> Callable[[], float]:
-    """The simulator's own time, or the time on the wall."""
-    from sagellm_ir.runtime.engines.simulator import SimulatorEngine
-
-    return (lambda: engine.now) if isinstance(engine, SimulatorEngine) else time.perf_counter
+        return run_plan(engine, job.plan, on_token)
 
 
 class _Answers:
@@ -194,10 +191,10 @@ def _as_data(report: "RunReport") -> dict[str, object]:
     return {"answers": answers, "summary": report.summary()}
 
 
-def _summarise(report: "RunReport", title: str) -> None:
+def _summarise(report: "RunReport") -> None:
     """The savings and speeds, on stderr."""
     figures = report.summary()
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title="Summary", title_justify="left", show_header=False)
     table.add_row("requests", f"{figures['requests']:.0f}")
     table.add_row(
         "prompt tokens",

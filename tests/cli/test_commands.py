@@ -125,9 +125,11 @@ def test_plan_files_run_on_the_simulator(cli: Cli, tmp_path: Path) -> None:
     assert shown.out.startswith("step")
     assert "█" in shown.out
     ran = cli("run", "--plan", str(path), "--engine", "simulator", "--json")
-    answers = json.loads(ran.out)["answers"]
-    assert [len(answer["tokens"]) for answer in answers] == [8, 12, 16, 8]
-    assert "Summary" in ran.err
+    requests = json.loads(ran.out)["requests"]
+    assert [request["generated"] for request in requests] == [8, 12, 16, 8]
+    shown = cli("run", "--plan", str(path), "--engine", "simulator")
+    assert "first token s" in shown.out
+    assert "ttft p99" in shown.err
 
 
 def test_a_graph_compiles_to_a_plan(cli: Cli, tmp_path: Path) -> None:

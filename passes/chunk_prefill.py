@@ -55,16 +55,21 @@ class ChunkPrefill(Pass):
                     ctx.count("prefills split")
                     ctx.count("chunks", len(parts))
             elif isinstance(node, (KVFetch, KVMigrate)) and node.source in chunks:
-                parts = chunks[node.name] = _copies(node, chunks[node.source], names, self.name)
+                made = chunks[node.source]
+                parts = chunks[node.name] = _copies(node, made, size, names, self.name)
                 ctx.count("moves split")
             nodes += parts
         return finish(graph, nodes) if ctx.counts else graph
 
 
 def _copies(
-    node: KVFetch | KVMigrate, chunks: Sequence[KVNode], names: Names, by: str
+    node: KVFetch | KVMigrate, chunks: Sequence[KVNode], size: int, names: Names, by: str
 ) -> Sequence[KVNode]:
-    """A move of a value that became chunks, as a chain of moves of single chunks."""
+    """A move of a value that became chunks, as a chain of moves of single chunks.
+
+    A block belongs to the chunk that begins it. Its move copies it, so it waits until the chunk
+    that fills the block has run.
+    """
     sources = [chunk for chunk in chunks if chunk.stop > node.start and chunk.start < node.stop]
     cuts = [chunk.stop for chunk in sources[:-1]]
     moves = split(node, cuts, names.numbered(f"{node.name}."), by)
@@ -76,6 +81,10 @@ def _copies(
             move = move.replace(operands=(source.name, *move.operands))
         else:
             move = move.replace(operands=(source.name,), after=move.operands)
+        full = -(-source.stop // size) * size
+        filler = next((chunk for chunk in sources if chunk.stop >= full), sources[-1])
+        if filler is not source:
+            move = move.replace(after=(*move.after, filler.name))
         copies.append(move)
     return copies
 

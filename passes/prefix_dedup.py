@@ -1,6 +1,7 @@
 """`prefix-dedup`: common subexpression elimination over KV."""
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -78,8 +79,7 @@ class PrefixDedup(Pass):
         if not kept:
             return graph, False
         sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
-        for node in topological(graph.nodes, _ranks(graph, order)):
-            sharing.visit(node)
+        sharing.visit(topological(graph.nodes, _ranks(graph, order)))
         if not sharing.changed:
             return graph, False
         return finish(graph, sharing.nodes, sharing.gone, sharing.idle), sharing.again
@@ -145,21 +145,24 @@ class _Sharing:
         self.names = Names(self.graph)
         self.copied = sources(self.graph)
 
-    def visit(self, node: IRNode) -> None:
-        """Rewrites one node."""
-        if isinstance(node, AllReduce):
-            return
-        if self.gone and not self.gone.keys().isdisjoint(node.operands):
-            self.again = True
-        if isinstance(node, _PROMPT) and node.request in self.cuts.parts:
+    def visit(self, nodes: Sequence[IRNode]) -> None:
+        """Rewrites nodes."""
+        parts, gone = self.cuts.parts, self.gone
+        for node in nodes:
+            if isinstance(node, AllReduce):
+                continue
+            if gone and not gone.keys().isdisjoint(node.operands):
+                self.again = True
+            if not isinstance(node, _PROMPT) or node.request not in parts:
+                self.nodes.append(node)
+                continue
+            low, high = parts[node.request]
             if node.after or self.waits:
                 self.wait(node)
             if not isinstance(node, KVMigrate) and self.rewritable(node):
-                self.share(node)
+                self.share(node, low, high)
             else:
-                self.keep(node)
-        else:
-            self.nodes.append(node)
+                self.keep(node, low, high)
 
     def rewritable(self, node: Prefill | KVFetch) -> bool:
         """Whether it computes or pins a part of the prompt, and no move copies that."""
@@ -175,69 +178,71 @@ class _Sharing:
         if node.after or above:
             self.waits[node.name] = merge(above, node.after)
 
-    def keep(self, node: KVNode) -> None:
+    def keep(self, node: KVNode, low: int, high: int) -> None:
         """Takes a node as it is; from now on others may use its value."""
         self.nodes.append(node)
-        stops, (low, high) = self.cuts.stops, self.cuts.parts[node.request]
-        at = bisect_left(stops, node.stop, low, high)
-        if at < high and stops[at] == node.stop and node.tier == DEVICE:
+        at = bisect_left(self.cuts.stops, node.stop, low, high)
+        if at < high and self.cuts.stops[at] == node.stop and node.tier == DEVICE:
             self.values.setdefault(self.cuts.boundaries[at], node.name)
 
-    def share(self, node: Prefill | KVFetch) -> None:
+    def share(self, node: Prefill | KVFetch, low: int, high: int) -> None:
         """Replaces what others compute of a node by their value, and cuts the rest where the
-        node's request leads."""
+        node's request leads. The cuts in its prompt are those from `low` to `high`."""
         stops, boundaries = self.cuts.stops, self.cuts.boundaries
-        low, high = self.cuts.parts[node.request]
-        computed = self.computed(node.request)
-        at = bisect_left(stops, node.stop, low, high)
-        if at < computed and stops[at] == node.stop and boundaries[at] in self.values:
-            self.skip(node)
+        computed = self.computed(node.request, low, high)
+        first, at = computed, bisect_left(stops, node.stop, low, high)
+        ends_here = at < high and stops[at] == node.stop
+        if at < computed and ends_here and boundaries[at] in self.values:
+            self.skip(node, node.stop, "nodes shared")
             waits = self.waits.get(node.name, ())
             self.gone[node.name] = merge((self.values[boundaries[at]],), waits)
-            self.count("nodes shared", node, node.stop)
             return
         if at >= computed > low and stops[computed - 1] > node.start:
-            self.skip(node)
-            self.count("prefixes shared", node, stops[computed - 1])
+            self.skip(node, stops[computed - 1], "prefixes shared")
             prefix = self.values[boundaries[computed - 1]]
             waits = self.waits.get(node.name, ())
             node = part(node, node.name, stops[computed - 1], node.stop, (prefix,), waits)
-        first = max(bisect_right(stops, node.start, low, high), computed)
-        cuts = stops[first:at]
-        if not cuts:
-            self.keep(node)
-            return
+        else:
+            first = max(bisect_right(stops, node.start, low, high), computed)
+        if first < at:
+            self.lead(node, first, at)
+        else:
+            self.nodes.append(node)
+        if ends_here:
+            self.values.setdefault(boundaries[at], node.name)
+
+    def lead(self, node: Prefill | KVFetch, first: int, at: int) -> None:
+        """Cuts a node at some cuts."""
         self.changed = True
-        self.ctx.count("prefixes led", len(cuts))
-        for piece in split(node, cuts, self.names.numbered(f"{node.name}.s"), self.by):
-            self.keep(piece)
+        self.ctx.count("prefixes led", at - first)
+        names = self.names.numbered(f"{node.name}.s")
+        pieces = split(node, self.cuts.stops[first:at], names, self.by)
+        self.nodes += pieces
+        for piece, boundary in zip(pieces, self.cuts.boundaries[first:at]):  # noqa: B905
+            self.values.setdefault(boundary, piece.name)
 
-    def computed(self, request: str) -> int:
+    def computed(self, request: str, low: int, high: int) -> int:
         """Behind which of the cuts in its prompt that others had computed before its first node."""
-        if request not in self.hits:
-            low, end = self.cuts.parts[request]
-            if self.cuts.stops[end - 1] == self.graph.request[request].prompt_len:
-                end -= 1
-            while end > low and self.cuts.boundaries[end - 1] not in self.values:
-                end -= 1
-            self.hits[request] = end
-        return self.hits[request]
+        if request in self.hits:
+            return self.hits[request]
+        if self.cuts.stops[high - 1] == self.graph.request[request].prompt_len:
+            high -= 1
+        while high > low and self.cuts.boundaries[high - 1] not in self.values:
+            high -= 1
+        self.hits[request] = high
+        return high
 
-    def skip(self, node: KVNode) -> None:
-        """Notes that a node no longer needs its ancestors."""
-        if not node.start:
-            return
-        prefix = self.graph.by_name.get(node.prefix or "")
+    def skip(self, node: KVNode, until: int, what: str) -> None:
+        """Notes that `[node.start, until)` is taken from another request, and that a node no
+        longer needs its ancestors."""
+        self.changed = True
+        self.ctx.count(what)
+        if isinstance(node, Prefill):
+            self.ctx.count("tokens saved", until - node.start)
+        prefix = self.graph.by_name.get(node.prefix or "") if node.start else None
         while isinstance(prefix, KVNode) and prefix.name not in self.idle:
             if prefix.request != node.request:
                 self.again = True
                 return
             self.idle.add(prefix.name)
             prefix = self.graph.by_name.get(prefix.prefix or "")
-
-    def count(self, what: str, node: KVNode, until: int) -> None:
-        """Notes that `[node.start, until)` is taken from another request."""
-        self.changed = True
-        self.ctx.count(what)
-        if isinstance(node, Prefill):
-            self.ctx.count("tokens saved", until - node.start)

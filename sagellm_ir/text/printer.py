@@ -13,6 +13,7 @@ from sagellm_ir.nodes import IRNode, KVNode
 from sagellm_ir.target import Target
 from sagellm_ir.text.syntax import (
     TEXT_VERSION,
+    Attribute,
     are_simple,
     attributes_of,
     format_name,
@@ -43,19 +44,24 @@ def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:
         provenance: end node lines with `// loc: ... origin: ...`, where these are known.
     """
     names = _names_of(graph)
-    lines = [f"sagellm_ir {TEXT_VERSION}", ""]
-    lines.append(
-        f"graph @{format_name(graph.name)} {{stage = {format_value(graph.stage, 'str')}}} {{"
-    )
-    lines += [f"  {line}" for line in _declarations(graph, names)]
-    if graph.nodes and len(lines) > 3:
-        lines.append("")
+    stage = format_value(graph.stage, "str")
+    lines = [
+        f"sagellm_ir {TEXT_VERSION}\n\n",
+        f"graph @{format_name(graph.name)} {{stage = {stage}}} {{\n",
+    ]
+    declarations = list(_declarations(graph, names))
+    nodes = [node_text(node, names) for node in graph.nodes]
     if provenance:
-        lines += [f"  {node_text(node, names)}{_provenance(node)}" for node in graph.nodes]
-    else:
-        lines += [f"  {node_text(node, names)}" for node in graph.nodes]
-    lines.append("}\n")
-    return "\n".join(lines)
+        nodes = [
+            f"{text}{_provenance(node)}" for text, node in zip(nodes, graph.nodes, strict=True)
+        ]
+    parts = [_indented(block) for block in (declarations, nodes) if block]
+    return "".join((*lines, "\n".join(parts), "}\n"))
+
+
+def _indented(lines: list[str]) -> str:
+    inner = "\n  ".join(lines)
+    return f"  {inner}\n"
 
 
 def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
@@ -77,22 +83,20 @@ def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
 def _block(owner: Any) -> str:
     """` {key = value, ...}` of the attributes that do not have their default, or nothing."""
     cls: type = type(owner)
-    get, defaults, attributes = _columns(cls)
+    get, attributes, defaults = _columns(cls)
     if (found := get(owner)) == defaults:
         return ""
     shown = [
-        f"{key} = {format_value(value, type_name)}"
-        for value, usual, key, type_name in zip(found, defaults, *attributes, strict=True)
-        if value != usual
+        f"{attribute.text} = {format_value(value, attribute.type)}"
+        for attribute, value, usual in zip(attributes, found, defaults)  # noqa: B905  (hot)
+        if value is not usual and value != usual
     ]
     return f" {{{', '.join(shown)}}}"
 
 
 @cache
-def _columns(
-    cls: type,
-) -> tuple[Callable[[Any], Any], tuple[Any, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
-    """A getter of all attributes of a class, as one tuple; their defaults; their keys and types."""
+def _columns(cls: type) -> tuple[Callable[[Any], Any], tuple[Attribute, ...], tuple[Any, ...]]:
+    """A getter of all attributes of a class, as one tuple; the attributes; their defaults."""
     attributes = attributes_of(cls)
     names = [attribute.field for attribute in attributes]
     if len(names) > 1:
@@ -102,9 +106,7 @@ def _columns(
         def get(value: Any) -> tuple[Any, ...]:
             return tuple(getattr(value, name) for name in names)
 
-    keys = tuple(attribute.text for attribute in attributes)
-    types = tuple(attribute.type for attribute in attributes)
-    return get, tuple(attribute.default for attribute in attributes), (keys, types)
+    return get, attributes, tuple(attribute.default for attribute in attributes)
 
 
 def _provenance(node: IRNode) -> str:
@@ -131,7 +133,8 @@ def _declarations(graph: IRGraph, names: _Names) -> Iterator[str]:
     if target.workers != default.workers:
         yield from (_declaration("worker", worker, names) for worker in target.workers)
     yield from (_declaration("cache", cached, names) for cached in graph.cache)
-    yield from (_declaration("request", request, names) for request in graph.requests)
+    for request in graph.requests:
+        yield f"request @{names[request.id]}{_block(request)}"
     if graph.loops:
         runs = ((loops, sum(1 for _ in run)) for loops, run in groupby(graph.loops))
         yield f"steps [{', '.join(f'{loops}x{count}' for loops, count in runs)}]"

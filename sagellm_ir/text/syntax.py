@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from operator import sub
 from types import NoneType, UnionType
@@ -25,7 +25,6 @@ TEXT_VERSION = 1
 """The version the first line of a text names."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
-_NAMES = re.compile(rf"(?:{_NAME.pattern}\n)*{_NAME.pattern}")
 _BARE = re.compile(r"(?!(?:true|false|none|inf|nan)$)[A-Za-z_][A-Za-z0-9_.\-]*")
 _SCHEDULE = ("step", "until", "worker")
 """What a schedule adds to a node: printed last, in this order."""
@@ -93,9 +92,12 @@ def format_name(name: str) -> str:
     return name if _NAME.fullmatch(name) else json.dumps(name)
 
 
-def are_simple(names: Iterable[str]) -> bool:
+def are_simple(names: Sequence[str]) -> bool:
     """Whether no name needs quotes: one look at all, since nearly all names are simple."""
-    return _NAMES.fullmatch("\n".join(names)) is not None
+    letters = "".join(names)
+    for mark in "_.-":
+        letters = letters.replace(mark, "")
+    return all(names) and letters.isascii() and (letters.isalnum() or not letters)
 
 
 def format_value(value: Any, type_name: str) -> str:
@@ -116,11 +118,14 @@ def _runs(values: tuple[int, ...]) -> list[str]:
     if not values:
         return []
     ends = [i for i, gap in enumerate(map(sub, values[1:], values), 1) if gap != 1]
+    ends.append(len(values))
     parts: list[str] = []
     start = 0
-    for stop in (*ends, len(values)):
+    for stop in ends:
         if stop - start > 2:
             parts.append(f"{values[start]}:{values[start] + stop - start}")
+        elif stop - start == 1:
+            parts.append(str(values[start]))
         else:
             parts += map(str, values[start:stop])
         start = stop

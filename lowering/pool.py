@@ -1,6 +1,9 @@
 """`Pool`: one tier of one worker while a graph is lowered: its free blocks and its cached content."""
 
-from sagellm_ir.lowering.allocator import BlockPool, Run
+from collections.abc import Collection
+from itertools import islice
+
+from sagellm_ir.lowering.allocator import BlockPool
 
 __all__ = ["Pool"]
 
@@ -16,7 +19,7 @@ class Pool:
         self.pins: dict[int, int] = {}
         self.idle: dict[int, None] = {}
         """Cached ids without a pin, least recently used first."""
-        self.freed: list[Run] = []
+        self.freed: list[int] = []
         """Given back since the last `Pools.take_frees`."""
 
     def pin(self, content: int) -> None:
@@ -32,21 +35,22 @@ class Pool:
             del self.pins[content]
             self.idle[content] = None
 
-    def give(self, runs: list[Run]) -> None:
+    def give(self, blocks: Collection[int]) -> None:
         """Give blocks back."""
-        self.free.free(runs)
-        self.freed += runs
+        self.free.free(blocks)
+        self.freed += blocks
 
-    def take(self, count: int, near: int) -> list[Run] | None:
-        """Take blocks, as `BlockPool.take` does; drop as much idle content as that needs."""
+    def take(self, count: int) -> tuple[int, ...] | None:
+        """Take blocks, or None if too few are free; drop as much idle content as that needs."""
         short = count - self.free.free_blocks
         if short > 0:
             if short > len(self.idle):
                 return None
-            for content in list(self.idle)[:short]:
+            dropped = list(islice(self.idle, short))
+            for content in dropped:
                 del self.idle[content]
-                self.give([(self.block_of.pop(content), 1)])
-        return self.free.take(count, near)
+            self.give([self.block_of.pop(content) for content in dropped])
+        return self.free.take(count)
 
     def keep(self, content: int, block: int) -> None:
         """Cache what a dead block holds, or touch the copy there is and give this one back."""
@@ -54,7 +58,7 @@ class Pool:
             self.block_of[content] = block
             self.idle[content] = None
             return
-        self.give([(block, 1)])
+        self.give((block,))
         if content in self.idle:
             del self.idle[content]
             self.idle[content] = None

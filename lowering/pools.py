@@ -1,10 +1,9 @@
 """`Pools`: the physical blocks of every tier and worker while a graph is lowered."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.lowering.allocator import Run, expand, merged
 from sagellm_ir.lowering.flat import NONE, FlatGraph
 from sagellm_ir.lowering.plan import KVFree, LiveBlock, Resident
 from sagellm_ir.lowering.pool import Pool
@@ -37,7 +36,8 @@ class Pools:
         self.own: list[tuple[int, ...]] = [()] * len(graph.nodes)
         """The physical blocks each node owns, once it has run."""
         self._graph, self._flat, self._retain = graph, flat, retain
-        self._runs: dict[int, list[Run]] = {}
+        self._pinned: set[int] = set()
+        """Fetches from the device, which own cached blocks."""
         self._default = graph.target.workers[0].name
         self._pools = {
             (tier.name, worker.name): Pool(tier.blocks)
@@ -51,12 +51,13 @@ class Pools:
         self._reach = self._filled() if retain else []
         self._load(_first_blocks(graph) if resident is None else resident)
         self._live = {block.request: block for block in live}
-        for block in live:
-            self._reserve(DEVICE, block.worker, (block.block,))
+        for worker in {block.worker: None for block in live}:
+            blocks = [block.block for block in live if block.worker == worker]
+            self._reserve(DEVICE, worker, blocks)
         self._pin()
 
     def allocate(self, i: int, count: int | None = None) -> None:
-        """Take the blocks node `i` owns, or `count`; those behind its prefix's, if they are free.
+        """Take the blocks node `i` owns, or `count`.
 
         Raises:
             SageIRError: the tier is full.
@@ -64,9 +65,7 @@ class Pools:
         if count is None:
             count = self._flat.blocks[i]
         if count:
-            parent = self._flat.parent[i]
-            before = self.own[parent] if parent != NONE else ()
-            self._take(i, count, before[-1] + 1 if before else -1)
+            self.own[i] = self._take(i, count)
 
     def resume(self, i: int, name: str) -> int:
         """Allocate for prefill `i` of request `name`; if that starts in the request's live block,
@@ -86,32 +85,29 @@ class Pools:
             self.allocate(i)
             return start
         del self._live[name]
-        if flat.blocks[i] > 1:
-            self._take(i, flat.blocks[i] - 1, live.block + 1)
-        self._runs[i] = [(live.block, 1), *self._runs.get(i, [])]
-        self.own[i] = expand(self._runs[i])
+        self.own[i] = (live.block, *self._take(i, flat.blocks[i] - 1))
         return live.tokens
 
     def drop_live(self) -> None:
         """Give up the live blocks that nothing has resumed: their tokens are computed again."""
         for live in self._live.values():
-            self._pools[DEVICE, live.worker or self._default].give([(live.block, 1)])
+            self._pools[DEVICE, live.worker or self._default].give((live.block,))
         self._live.clear()
 
-    def _take(self, i: int, count: int, near: int) -> None:
+    def _take(self, i: int, count: int) -> tuple[int, ...]:
         pool = self._home[i]
-        runs = pool.take(count, near)
-        if runs is None and self._live:
+        blocks = pool.take(count)
+        if blocks is None and self._live:
             self.drop_live()
-            runs = pool.take(count, near)
-        if runs is None:
+            blocks = pool.take(count)
+        if blocks is None:
             raise self._full(i, pool)
-        self._runs[i] = runs
-        self.own[i] = expand(runs)
+        return blocks
 
     def pin(self, i: int) -> None:
         """Let fetch `i` from the device own the cached blocks it hits."""
         self.own[i] = self.cached(i)
+        self._pinned.add(i)
 
     def cached(self, i: int) -> tuple[int, ...]:
         """Where the cache that fetch `i` reads is."""
@@ -126,25 +122,20 @@ class Pools:
         for i in self._read:
             self._unpin(i)
         self._read.clear()
-        given: dict[Pool, list[Run]] = {}
         for i in dead:
-            runs = self._runs.pop(i, None)
-            if runs is None:
-                if self.own[i]:
-                    self._unpin(i)
+            if i in self._pinned:
+                self._unpin(i)
             elif self._retain:
                 self._keep(i)
-            else:
-                given.setdefault(self._home[i], []).extend(runs)
-        for pool, runs in given.items():
-            pool.give(merged(runs))
+            elif blocks := self.own[i]:
+                self._home[i].give(blocks)
 
     def take_frees(self, worker: str) -> tuple[KVFree, ...]:
         """What was given back since the last call, as seen from a step of `worker`."""
         frees = []
         for (tier, owner), pool in self._pools.items():
             if pool.freed:
-                blocks = expand(merged(pool.freed))
+                blocks = tuple(sorted(pool.freed))
                 frees.append(KVFree(tier, blocks, None if owner == worker else owner))
                 pool.freed.clear()
         return tuple(frees)
@@ -167,7 +158,7 @@ class Pools:
             pool.block_of.update(zip(held.ids, held.blocks, strict=True))
             pool.idle.update(dict.fromkeys(held.ids))
 
-    def _reserve(self, tier: str, worker: str | None, blocks: tuple[int, ...]) -> None:
+    def _reserve(self, tier: str, worker: str | None, blocks: Collection[int]) -> None:
         pool = self._pools[tier, worker or self._default]
         try:
             pool.free.reserve(blocks)
@@ -215,7 +206,7 @@ class Pools:
             if at < whole:
                 pool.keep(contents[at], block)
             else:
-                pool.give([(block, 1)])
+                pool.give((block,))
 
     def _contents(self, i: int) -> tuple[int, ...]:
         first = self._flat.first[i]

@@ -1,14 +1,16 @@
 """Lowering: what a plan says, and that it is legal, deterministic and minimal."""
 
 from collections.abc import Iterable
+from random import Random
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.lowering import lower
-from sagellm_ir.lowering.allocator import BlockPool, expand
+from sagellm_ir.lowering.allocator import BlockPool
 from sagellm_ir.lowering.plan import (
     Bind,
     ExecutionPlan,
@@ -303,37 +305,53 @@ def test_groups_are_what_the_tables_share(scheduled: IRGraph) -> None:
                 assert max(told, default=0) == common
 
 
-def test_blocks_come_in_runs_and_merge_when_free() -> None:
+def test_blocks_come_in_order_and_used_ones_first() -> None:
     pool = BlockPool(10)
-    one, two, three = pool.take(3), pool.take(3), pool.take(4)
-    assert (one, two, three) == ([(0, 3)], [(3, 3)], [(6, 4)])
+    assert (pool.take(3), pool.take(3), pool.take(0)) == ((0, 1, 2), (3, 4, 5), ())
+    pool.free((3, 5))
+    pool.free((0, 1))
+    assert pool.take(2) == (0, 1)
+    assert pool.take(3) == (6, 7, 8)
+    assert pool.take(4) is None
+    assert pool.free_blocks == 3
+    assert pool.take(3) == (3, 5, 9)
     assert pool.take(1) is None
-    pool.free([(3, 3)])
-    pool.free([(0, 3)])
-    assert pool.take(6) == [(0, 6)]
-
-
-def test_a_run_goes_on_where_the_prefix_ends() -> None:
-    pool = BlockPool(10)
-    pool.take(2)
-    pool.take(2)
-    assert pool.take(2, near=4) == [(4, 2)]
-
-
-def test_scattered_blocks_serve_when_no_run_is_long_enough() -> None:
-    pool = BlockPool(8)
-    pool.take(8)
-    pool.free([(0, 1), (2, 2), (6, 2)])
-    runs = pool.take(5)
-    assert runs is not None
-    assert expand(runs) == (0, 2, 3, 6, 7)
-    assert pool.free_blocks == 0
 
 
 def test_reserved_blocks_are_not_handed_out() -> None:
     pool = BlockPool(6)
-    pool.reserve([1, 4])
+    pool.reserve((1, 4))
     assert pool.free_blocks == 4
-    assert pool.take(2) == [(2, 2)]
-    with pytest.raises(ValueError, match="reserved twice"):
-        pool.reserve([1])
+    assert pool.take(4) == (0, 2, 3, 5)
+
+
+@pytest.mark.parametrize("blocks", [(1,), (2, 2), (6,), (-1,)])
+def test_only_free_blocks_can_be_reserved(blocks: tuple[int, ...]) -> None:
+    pool = BlockPool(6)
+    pool.reserve((1, 4))
+    with pytest.raises(ValueError, match="outside the tier, or reserved twice"):
+        pool.reserve(blocks)
+
+
+@given(st.integers(0, 40), st.lists(st.integers(0, 12)), st.randoms())
+def test_no_block_is_handed_out_twice(capacity: int, counts: list[int], random: Random) -> None:
+    pool = BlockPool(capacity)
+    held: list[tuple[int, ...]] = []
+    free = capacity
+    for count in counts:
+        taken = pool.take(count)
+        assert (taken is None) == (count > free)
+        if taken is None:
+            if held:
+                held.sort(key=lambda _: random.random())
+                free += len(held[-1])
+                pool.free(held.pop())
+        else:
+            assert len(taken) == count
+            assert list(taken) == sorted(taken)
+            held.append(taken)
+            free -= count
+        used = [block for blocks in held for block in blocks]
+        assert len(set(used)) == len(used)
+        assert set(used) <= set(range(capacity))
+        assert pool.free_blocks == free

@@ -23,13 +23,13 @@ class Tile:
     ctas: int
     """Programs that one SM of an H100 or H200 holds at once."""
     beside: int = 0
-    """Registers per thread of the shared kernel, at most, where a tile of keys lies in one page:
-    so few that a program with 16 private rows fits beside it. 0: as `registers`."""
+    """Registers per thread of the shared kernel, at most, in its plainest form: so few that a
+    program with 16 private rows fits beside it. 0: as `registers`."""
 
     def limit(self, spec: AttentionSpec, *, shared: bool) -> int:
         """Registers per thread, at most, of one of the two kernels."""
-        single = spec.block_size % self.keys == 0
-        return self.beside if shared and single and self.beside else self.registers
+        plain = spec.head_dim == 128 and spec.kv != "fp8" and spec.block_size % self.keys == 0
+        return self.beside if shared and plain and self.beside else self.registers
 
 
 _NARROW = (  # head_dim <= 64
@@ -44,8 +44,9 @@ _MIDDLE = (
     Tile(64, 64, 4, 2, 255, 2),
     Tile(128, 64, 8, 3, 255, 1, beside=168),
 )
-# head_dim 80 and 96 run in tiles of 128 columns, the masks of which take registers.
-_PADDED = (Tile(16, 64, 4, 3, 255, 2), *_MIDDLE[1:])
+# For more addresses or masks in the loop: columns that are padded (head_dim 80 and 96), or pages
+# shorter than a tile of keys whose elements are converted.
+_ROOMY = Tile(16, 64, 4, 3, 255, 2)
 # A byte of cache becomes two in registers on its way to the tensor cores: shorter tiles.
 _MIDDLE_INT8 = (
     Tile(16, 64, 4, 4, 168, 3),
@@ -62,11 +63,13 @@ _WIDE = (  # head_dim 256
 
 def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
     if spec.head_dim > 128:
-        return _WIDE[:2] if spec.kv == "int8" else _WIDE
-    if spec.head_dim > 64:
-        padded = spec.head_dim < 128
-        return _MIDDLE_INT8 if spec.kv == "int8" and not padded else _PADDED if padded else _MIDDLE
-    return _NARROW
+        return _WIDE if spec.kv == "native" else _WIDE[:2]
+    if spec.head_dim <= 64:
+        return _NARROW
+    padded = spec.head_dim < 128
+    tiles = _MIDDLE_INT8 if spec.kv == "int8" else _MIDDLE
+    roomy = padded or (spec.kv == "fp8" and spec.block_size < 64)
+    return (_ROOMY, *tiles[1:]) if roomy else tiles
 
 
 def tile_heights(spec: AttentionSpec) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ SMALL_PAGES = LLAMA | {"block_size": 16}
 NARROW = LLAMA | {"head_dim": 64, "block_size": 16}
 WIDE = LLAMA | {"head_dim": 256}
 INT8 = LLAMA | {"kv": "int8"}
-FP8 = LLAMA | {"kv": "fp8"}
+FP8 = LLAMA | {"kv": "fp8", "block_size": 16}
 EXTRAS = LLAMA | {"window": 4096, "softcap": 30.0, "sinks": True}
 ODD = LLAMA | {"head_dim": 80}
 
@@ -78,7 +78,7 @@ def complaints(case: Case, use: dict[str, Any]) -> Iterator[str]:
     tile = tile_for(spec, rows)
     if use["REG"] > tile.limit(spec, shared=shared):
         yield "too many registers"
-    if tile.beside and shared and spec.block_size % tile.keys == 0:
+    if tile.limit(spec, shared=shared) == tile.beside:
         small = tile_for(spec, 16)
         threads = use["REG"] * tile.warps + small.registers * small.warps
         if threads * 32 > SM_REGISTERS:

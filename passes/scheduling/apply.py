@@ -44,19 +44,10 @@ def apply(problem: Problem, timeline: Timeline) -> IRGraph:
 
 
 def at_step(node: IRNode, step: int, until: int = -1) -> IRNode:
-    """The node in a step. Direct construction takes a third of the time of `replace`."""
+    """The node in a step. Direct construction takes less time than `replace`."""
     if type(node) is Prefill:
-        return Prefill(
-            node.name,
-            node.request,
-            node.start,
-            node.stop,
-            operands=node.operands,
-            after=node.after,
-            step=step,
-            worker=node.worker,
-            loc=node.loc,
-            origin=node.origin,
+        return _part(
+            node, node.name, node.start, node.stop, node.operands, node.after, step, node.origin
         )
     if type(node) is Decode:
         return Decode(
@@ -75,23 +66,39 @@ def at_step(node: IRNode, step: int, until: int = -1) -> IRNode:
     return node.replace(step=step)
 
 
+def _part(
+    node: Prefill,
+    name: str,
+    start: int,
+    stop: int,
+    operands: tuple[str, ...],
+    after: tuple[str, ...],
+    step: int,
+    origin: Origin | None,
+) -> Prefill:
+    return Prefill(
+        name,
+        node.request,
+        start,
+        stop,
+        operands=operands,
+        after=after,
+        step=step,
+        worker=node.worker,
+        loc=node.loc,
+        origin=origin,
+    )
+
+
 def _cut(node: Prefill, pieces: list[Piece], step: int, names: Names) -> list[IRNode]:
     """The node as a chain; its last part keeps its name, so its users stay as they are."""
     chain: list[IRNode] = []
-    operands, after, start = node.operands, node.after, node.start
-    for number, piece in enumerate([*pieces, Piece(node.stop, step)]):
-        last = number == len(pieces)
-        part = node.replace(
-            name=node.name if last else names.fresh(f"{node.name}.{number}"),
-            start=start,
-            stop=piece.stop,
-            operands=operands,
-            after=after,
-            step=piece.step,
-            origin=node.origin if last else Origin(BY, (node.name,)),
-        )
-        chain.append(part)
-        operands, after, start = (part.name,), (), piece.stop
+    origin, operands, after, start = Origin(BY, (node.name,)), node.operands, node.after, node.start
+    for number, (stop, at) in enumerate(pieces):
+        name = names.fresh(f"{node.name}.{number}")
+        chain.append(_part(node, name, start, stop, operands, after, at, origin))
+        operands, after, start = (name,), (), stop
+    chain.append(_part(node, node.name, start, node.stop, operands, after, step, node.origin))
     return chain
 
 

@@ -2,15 +2,14 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
-from attrs import frozen
+from attrs import field, frozen
 
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import (
-    AllReduce,
     Decode,
-    IRNode,
     KVFetch,
     KVMigrate,
     KVNode,
@@ -44,19 +43,19 @@ class Problem:
     """Nodes that must have finished before this one starts."""
     users: list[list[int]]
     """Nodes that take this one as an operand; collectives left out."""
-    followers: dict[int, list[int]]
-    """Reverse of `waits`."""
     worker: list[int]
-    copied: set[int]
-    """Nodes that moves copy: their spans must stay as they are."""
-    instant: dict[int, int]
-    """Decodes without forwards, by the prefill that makes their token."""
     owner: list[int]
     """The request a node belongs to."""
     owned: list[list[int]]
     """By request: its nodes, in order."""
-    rank: list[int]
+    rank: list[int] = field(factory=list)
     """By request: its place in the order of admission."""
+    followers: dict[int, list[int]] = field(factory=lambda: defaultdict(list))
+    """Reverse of `waits`."""
+    copied: set[int] = field(factory=set)
+    """Nodes that moves copy: their spans must stay as they are."""
+    instant: dict[int, int] = field(factory=dict)
+    """Decodes without forwards, by the prefill that makes their token."""
 
     def transfer(self, node: int, cost: CostModel) -> float:
         """Seconds of a move."""
@@ -70,105 +69,97 @@ class Problem:
 
 def flatten(graph: IRGraph) -> Problem:
     """Looks at every node once. A collective is no unit of work: it runs with its operands."""
-    nodes, block_size = graph.nodes, graph.target.block_size
-    index = {node.name: i for i, node in enumerate(nodes)}
-    kind = [_KIND.get(type(node), MOVE) for node in nodes]
-    operands = [[index[name] for name in node.operands] for node in nodes]
-    size = [_size(graph, node) for node in nodes]
-    prefix = [
-        index[node.prefix] if isinstance(node, KVNode) and node.prefix else -1 for node in nodes
-    ]
-    instant = {
-        prefix[i]: i
-        for i, node in enumerate(nodes)
-        if kind[i] == DECODE and not size[i] and kind[prefix[i]] == PREFILL
-    }
-    waits = _waits(graph, index, kind, operands, instant)
-    users: list[list[int]] = [[] for _ in nodes]
-    followers: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(nodes)):
-        if kind[i] != COLLECTIVE:
-            for read in operands[i]:
+    problem, ordered = _read(graph)
+    operands, users, waits = problem.operands, problem.users, problem.waits
+    for i, reads in enumerate(operands):
+        if problem.kind[i] != COLLECTIVE:
+            for read in reads:
                 users[read].append(i)
+    if ordered:
+        index = {node.name: i for i, node in enumerate(graph.nodes)}
+        made_by = {decode: prefill for prefill, decode in problem.instant.items()}
+        for i in ordered:
+            at = made_by.get(i, i)
+            found = [index[name] for name in graph.nodes[i].after]
+            waits[at] = [*waits[at], *_units(problem, found)]
+        for i in sorted({made_by.get(i, i) for i in ordered}):
             for wait in waits[i]:
-                followers[wait].append(i)
+                problem.followers[wait].append(i)
+    problem.rank.extend(_ranks(graph, users, operands, problem.owned))
+    return problem
+
+
+def _units(problem: Problem, nodes: list[int]) -> Iterator[int]:
+    """The units of work behind some nodes: to wait for a collective is to wait for its operands."""
+    for node in nodes:
+        yield from problem.operands[node] if problem.kind[node] == COLLECTIVE else (node,)
+
+
+def _read(graph: IRGraph) -> tuple[Problem, list[int]]:
+    """What each node says of itself, and the units of work with order edges."""
+    nodes, count, block_size = graph.nodes, len(graph.nodes), graph.target.block_size
     requests = {request.id: i for i, request in enumerate(graph.requests)}
-    owner = [requests[node.request] if isinstance(node, KVNode) else -1 for node in nodes]
-    owned: list[list[int]] = [[] for _ in requests]
-    for i, request in enumerate(owner):
-        if request >= 0:
-            owned[request].append(i)
+    prompt = [request.prompt_len for request in graph.requests]
     places = {worker.name: i for i, worker in enumerate(graph.target.workers)}
-    return Problem(
-        graph=graph,
-        kind=kind,
-        size=size,
-        start=[node.start if isinstance(node, KVNode) else 0 for node in nodes],
-        stop=[node.stop if isinstance(node, KVNode) else 0 for node in nodes],
-        ends=[
-            isinstance(node, Prefill) and node.stop == graph.request[node.request].prompt_len
-            for node in nodes
-        ],
-        blocks=[_blocks(node, block_size) for node in nodes],
-        prefix=prefix,
-        operands=operands,
-        waits=waits,
-        users=users,
-        followers=followers,
-        worker=[places[node.worker] if node.worker else 0 for node in nodes],
-        copied={
-            index[node.source]
-            for node in nodes
-            if isinstance(node, KVFetch | KVMigrate) and node.source is not None
-        },
-        instant=instant,
-        owner=owner,
-        owned=owned,
-        rank=_ranks(graph, users, operands, owned),
-    )
-
-
-_KIND: dict[type[IRNode], int] = {Prefill: PREFILL, Decode: DECODE, AllReduce: COLLECTIVE}
-
-
-def _waits(
-    graph: IRGraph,
-    index: dict[str, int],
-    kind: list[int],
-    operands: list[list[int]],
-    instant: dict[int, int],
-) -> list[list[int]]:
-    """Order edges of each node, between units of work.
-
-    To wait for a collective is to wait for its operands; what a decode without forwards waits
-    for, its prefill waits for.
-    """
     nothing: list[int] = []
-    waits = [nothing] * len(kind)
-    made_by = {decode: prefill for prefill, decode in instant.items()}
-    for i, node in enumerate(graph.nodes):
-        if node.after and kind[i] != COLLECTIVE:
-            found = waits[made_by.get(i, i)].copy()
-            for name in node.after:
-                wait = index[name]
-                found += operands[wait] if kind[wait] == COLLECTIVE else [wait]
-            waits[made_by.get(i, i)] = found
-    return waits
-
-
-def _size(graph: IRGraph, node: IRNode) -> int:
-    if isinstance(node, Prefill):
-        return node.stop - node.start
-    if isinstance(node, Decode):
+    problem = Problem(
+        graph=graph,
+        kind=[COLLECTIVE] * count,
+        size=[0] * count,
+        start=[0] * count,
+        stop=[0] * count,
+        ends=[False] * count,
+        blocks=[0] * count,
+        prefix=[-1] * count,
+        operands=[nothing] * count,
+        waits=[nothing] * count,
+        users=[[] for _ in nodes],
+        worker=[0] * count,
+        owner=[-1] * count,
+        owned=[[] for _ in requests],
+    )
+    kind, size, prefix, operands = problem.kind, problem.size, problem.prefix, problem.operands
+    index: dict[str, int] = {}
+    ordered: list[int] = []
+    for i, node in enumerate(nodes):
+        index[node.name] = i
+        if node.operands:
+            operands[i] = reads = [index[name] for name in node.operands]
+        if node.worker:
+            problem.worker[i] = places[node.worker]
+        if not isinstance(node, KVNode):
+            continue
+        if node.after:
+            ordered.append(i)
+        start, stop, request = node.start, node.stop, requests[node.request]
+        problem.start[i], problem.stop[i], problem.owner[i] = start, stop, request
+        problem.owned[request].append(i)
+        if not isinstance(node, (Prefill, Decode)):
+            kind[i] = MOVE
+            _read_move(problem, i, node, index)
+            continue
+        problem.blocks[i] = -(-stop // block_size) + -start // block_size
+        if start:
+            prefix[i] = reads[-1]
+        if isinstance(node, Prefill):
+            kind[i], size[i] = PREFILL, stop - start
+            problem.ends[i] = stop == prompt[request]
+            continue
         # the prefill that ends the prompt has made the first token already
-        return node.stop - node.start - (node.start == graph.request[node.request].prompt_len)
-    return 0
+        kind[i], size[i] = DECODE, stop - start - (start == prompt[request])
+        if not size[i] and kind[prefix[i]] == PREFILL:
+            problem.instant[prefix[i]] = i
+    return problem, ordered
 
 
-def _blocks(node: IRNode, block_size: int) -> int:
-    if isinstance(node, KVNode) and node.tier == DEVICE:
-        return -(-node.stop // block_size) + -node.start // block_size
-    return 0
+def _read_move(problem: Problem, i: int, node: KVNode, index: dict[str, int]) -> None:
+    if node.tier == DEVICE:
+        size = problem.graph.target.block_size
+        problem.blocks[i] = -(-node.stop // size) + -node.start // size
+    if node.prefix:
+        problem.prefix[i] = index[node.prefix]
+    if isinstance(node, (KVFetch, KVMigrate)) and node.source is not None:
+        problem.copied.add(index[node.source])
 
 
 def _ranks(

@@ -112,7 +112,7 @@ class Columns:
         self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
         self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
         self.prompt = _ints([request.prompt_len for request in graph.requests])
-        self.end = _ints([request.stop for request in graph.requests])
+        self.end = self.prompt + _ints([request.max_new_tokens for request in graph.requests])
 
     @cached_property
     def kv(self) -> Sequence[Any]:
@@ -133,7 +133,7 @@ class Columns:
     @cached_property
     def id_count(self) -> Ints:
         """Block ids of each request."""
-        return _ints([len(request.blocks) for request in self.graph.requests])
+        return _ints(map(len, [request.blocks for request in self.graph.requests]))
 
     @cached_property
     def id_start(self) -> Ints:
@@ -143,10 +143,10 @@ class Columns:
     @cached_property
     def space(self) -> Ints:
         """The namespace of each request: equal for equal adapters and tenants."""
-        spaces: dict[tuple[str | None, str | None], int] = {}
-        return _ints(
-            [spaces.setdefault((r.adapter, r.tenant), len(spaces)) for r in self.graph.requests]
-        )
+        requests = self.graph.requests
+        pairs = list(zip([r.adapter for r in requests], [r.tenant for r in requests], strict=True))
+        spaces = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        return _ints(map(spaces.__getitem__, pairs))
 
     def _spread(self, values: Iterable[Any], default: int = NONE) -> Ints:
         """Values of the KV nodes, with a default for the other nodes."""

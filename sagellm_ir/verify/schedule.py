@@ -196,8 +196,8 @@ def step_budgets(c: Columns) -> Iterator[Finding]:
     rows[np.array(c.graph.decode_loops, dtype=np.int64) == 0] = 0
     step, span = c.step[c.is_prefill], (c.stop - c.start)[c.is_prefill]
     tokens = np.bincount(step, weights=span, minlength=steps).astype(np.int64)
-    pairs = np.unique(np.stack((step, c.request[c.is_prefill])), axis=1)
-    sequences = np.bincount(pairs[0], minlength=steps)
+    pairs = np.unique(step * len(c.prompt) + c.request[c.is_prefill])
+    sequences = np.bincount(pairs // max(len(c.prompt), 1), minlength=steps)
     for k in np.flatnonzero((sequences > 0) & (loops != 1)).tolist():
         yield Finding(f"step {k} has a prefill, so it has one forward, not {loops[k]}")
     for k in np.flatnonzero(tokens + rows > target.max_tokens).tolist():

@@ -210,6 +210,8 @@ class PrefixAttention:
             kv_lens: int32 `[>= batch]`, contiguous: as for `update`, grown since by the tokens that
                 were decoded.
         """
+        if not self._batch:
+            return
         launch_schedule(
             self.spec,
             tile_for(self.spec, self.variant.private),
@@ -259,7 +261,7 @@ class PrefixAttention:
             `out`.
 
         Raises:
-            SageIRError: a tensor has the wrong shape, type or strides.
+            SageIRError: a tensor has the wrong shape, type or strides, or is not for this cache.
         """
         spec = self.spec
         x = Tensors(
@@ -268,6 +270,10 @@ class PrefixAttention:
             v_scale,
         )
         x.check(spec, self._rows, self._batch)
+        if spec.kv != "fp8" and (k_scale, v_scale) != (1.0, 1.0):
+            raise SageIRError(Diagnostic("attention: k_scale and v_scale are for an fp8 cache"))
+        if not self._rows:
+            return out
         if self.variant.shared and self._side is not None:
             # A fork and a join: under capture, parallel branches of the graph.
             here = torch.cuda.current_stream(self.device)

@@ -128,6 +128,7 @@ def test_wrong_tensors_are_named() -> None:
         ("block_table", table.long()),
         ("k_scales", cache),
         ("sinks", torch.zeros(4)),
+        ("v_scale", 2.0),
     ]:
         with pytest.raises(SageIRError, match=name):
             kernels.run(**good | {name: bad}, kv_lens=lengths)

@@ -144,6 +144,13 @@ def test_a_padding_row_gives_zeros_with_and_without_sinks() -> None:
         check(AttentionSpec(4, 2, 64, 16, HALF, sinks=sinks), [1, 1], [0, 20])
 
 
+def test_batches_without_queries() -> None:
+    spec = AttentionSpec(4, 2, 64, 16, HALF)
+    check(spec, [], [])
+    check(spec, [0], [20])
+    check(spec, [0, 2, 0], [20, 20, 0])
+
+
 def test_a_small_workspace_means_fewer_pieces() -> None:
     spec = AttentionSpec(2, 1, 64, 16, HALF)
     kernels = check(spec, [1], [900], workspace=1, max_batch=1, max_rows=1)

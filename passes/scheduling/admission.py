@@ -133,7 +133,8 @@ class Admission(ABC):
         job.admitted = job.active = True
         if self.timeline.admitted[job.request] < 0:
             self.timeline.admitted[job.request] = len(self.timeline.loops)
-        for node in [node for node in job.nodes if not self.missing[node]]:
+        missing = self.missing
+        for node in [node for node in job.nodes if not missing[node]]:
             self._ready(state, node)
 
     def _too_big(self, job: Job, needed: int) -> SageIRError:

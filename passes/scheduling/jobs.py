@@ -79,11 +79,11 @@ class Jobs:
         they must not wait for a request that can be admitted only after this one has left. A
         decode without forwards comes with its prefill, as it runs in the same step.
         """
-        problem, taken = self.problem, self.of
+        problem, taken, operands = self.problem, self.of, self.problem.operands
         stack = [node for node in problem.owned[request] if taken[node] is None]
         seen = set(stack)
         for node in stack:  # grows while it is read
-            near = problem.operands[node]
+            near = operands[node]
             if self._many:
                 near = near + [user for user in problem.users[node] if self.crosses(node, user)]
             if node in problem.instant:
@@ -108,14 +108,18 @@ class Jobs:
         KV that an admitted job on the same worker is about to make is none: the job can follow
         as soon as the value is there.
         """
-        problem, finished = self.problem, self.finished
+        operands, waits, finished, job_of = (
+            self.problem.operands,
+            self.problem.waits,
+            self.finished,
+            self.of,
+        )
         for node in job.nodes:
-            for wait in problem.waits[node]:
-                if not finished[wait] and self.of[wait] is not job:
+            for wait in waits[node]:
+                if not finished[wait] and job_of[wait] is not job:
                     return wait
-            for read in problem.operands[node]:
-                maker = self.of[read]
-                if finished[read] or maker is job:
+            for read in operands[node]:
+                if finished[read] or (maker := job_of[read]) is job:
                     continue
                 if maker is None or not maker.admitted or self.crosses(read, node):
                     return read
@@ -129,14 +133,14 @@ class Jobs:
         return blocker is not None
 
     def finish(self, node: int) -> tuple[Job, ...]:
-        """Marks a node as finished; returns its job, and those whose KV it copied from another
-        worker."""
+        """Marks a node as finished; returns the jobs with nothing left, of these: its own, and
+        those whose KV it copied from another worker."""
         self.finished[node] = 1
         own = self.of[node]
         assert own is not None, "a node runs only after a job has claimed it"
         own.left -= 1
         if not self._many:
-            return (own,)
+            return () if own.left else (own,)
         touched = [own]
         for read in self.problem.operands[node]:
             if self.crosses(read, node):
@@ -144,7 +148,7 @@ class Jobs:
                 assert other is not None, "it has run"
                 other.copies -= 1
                 touched.append(other)
-        return tuple(dict.fromkeys(touched))
+        return tuple(job for job in dict.fromkeys(touched) if not job.left)
 
     def scatter(self) -> list[Job]:
         """Breaks up parked jobs that wait for each other into single nodes.

@@ -47,14 +47,16 @@ class Simulation(Admission):
     def run(self) -> Timeline:
         """Makes steps, of the worker that is first in virtual time, until all nodes have run."""
         while True:
-            times = [self._next_time(state) for state in self.workers]
-            now = min(times)
+            now, index = math.inf, 0
+            for number, state in enumerate(self.workers):
+                if (time := self._next_time(state)) < now:
+                    now, index = time, number
             if now < math.inf:
-                state = self.workers[times.index(now)]
+                state = self.workers[index]
                 state.now = now
                 if state.inbox:
                     self._receive(state)
-                self._step(times.index(now), state)
+                self._step(index, state)
             elif singles := self.jobs.scatter():
                 for job in singles:
                     self._route(job, max(state.now for state in self.workers))
@@ -129,19 +131,24 @@ class Simulation(Admission):
 
     def _settled(self, node: int) -> bool:
         """Whether no operand is made by the forward of this very step."""
-        problem, finished = self.problem, self.jobs.finished
-        return all(finished[read] or problem.kind[read] == MOVE for read in problem.operands[node])
+        kind, finished = self.problem.kind, self.jobs.finished
+        for read in self.problem.operands[node]:
+            if not finished[read] and kind[read] != MOVE:
+                return False
+        return True
 
     def _place(self, node: int) -> None:
-        self.timeline.step[node] = len(self.timeline.loops)
-        self.timeline.issued.append(node)
-        self.timeline.places.append(self.timeline.step[node])
+        timeline = self.timeline
+        timeline.step[node] = step = len(timeline.loops)
+        timeline.issued.append(node)
+        timeline.places.append(step)
 
     def _release(self, state: WorkerState, node: int) -> None:
         """The value is there: users on this worker that waited only for it are ready."""
         missing, job_of, worker = self.missing, self.jobs.of, self.problem.worker
+        here = worker[node]
         for user in self.problem.users[node]:
-            if worker[user] == worker[node]:
+            if worker[user] == here:
                 missing[user] -= 1
                 if not missing[user] and (job := job_of[user]) is not None and job.admitted:
                     self._ready(state, user)
@@ -174,7 +181,8 @@ class Simulation(Admission):
 
     def _start_all(self, state: WorkerState, nodes: list[int]) -> None:
         """Starts decodes; those for which there is no row wait on, before all others."""
-        state.decodes[:0] = [node for node in nodes if not self._start(state, node)]
+        if nodes:
+            state.decodes[:0] = [node for node in nodes if not self._start(state, node)]
 
     def _fill(self, state: WorkerState) -> bool:
         """Issues prefills and admits jobs while the step has room; True if any did not fit."""
@@ -215,12 +223,12 @@ class Simulation(Admission):
 
     def _take_seat(self, state: WorkerState, node: int) -> bool:
         """A sequence has one seat in a step, however many of its prefills run in it."""
-        owner = self.problem.owner[node]
-        if self.seated[owner] != len(self.timeline.loops):
+        owner, step = self.problem.owner[node], len(self.timeline.loops)
+        if self.seated[owner] != step:
             if state.seats <= 0:
                 return False
             state.seats -= 1
-            self.seated[owner] = len(self.timeline.loops)
+            self.seated[owner] = step
         return True
 
     def _prefill(self, state: WorkerState, node: int, rows: int) -> bool:
@@ -288,8 +296,6 @@ class Simulation(Admission):
     def _finish(self, state: WorkerState, node: int) -> None:
         """The step of a node is over: its job may end, and what waited for it may go on."""
         for job in self.jobs.finish(node):
-            if job.left:
-                continue
             home = self.workers[job.worker]
             if job.active:
                 job.active = False

@@ -1,6 +1,6 @@
 """Time of `import sagellm_ir` in a fresh interpreter, beside an interpreter that imports nothing.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 import statistics

@@ -10,7 +10,15 @@ from sagellm_ir.passes.kv_policy.fifo import FIFO
 from sagellm_ir.passes.kv_policy.lfu import LFU
 from sagellm_ir.passes.kv_policy.lru import LRU
 
-__all__ = ["ENTRY_POINTS", "POLICIES", "Entry", "KVPolicy", "Victims", "make_policy", "policy_names"]
+__all__ = [
+    "ENTRY_POINTS",
+    "POLICIES",
+    "Entry",
+    "KVPolicy",
+    "Victims",
+    "make_policy",
+    "policy_names",
+]
 
 POLICIES: dict[str, type[KVPolicy]] = {cls.name: cls for cls in (Belady, LRU, LFU, FIFO, Cost)}
 

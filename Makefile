@@ -51,8 +51,10 @@ format: setup  ## Format and fix what ruff can fix.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## Speed of the compiler and of the embedded engine, as in docs/benchmarks.md.
+bench: setup  ## Speed of the compiler, of the IR and of the embedded engine, as in docs/benchmarks.md.
+	$(BIN)/python -m uv pip install -q --python $(BIN)/python -e ".[bench]"
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/ir_vs_xdsl.py
 	$(BIN)/python benchmarks/embedded.py
 
 clean:  ## Remove .venv and everything built.

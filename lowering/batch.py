@@ -26,6 +26,10 @@ class Batch:
         """Tokens that the decode rows attend to in the next forward, summed over the rows."""
         self._generated = 0
         """The part of `context` behind the rows' prefixes, nearly: what no row shares."""
+        self._chunks: dict[int, int] = {}
+        """The rows of the chunks of this step, and the nodes where they entered."""
+        self._before: dict[int, int] = {}
+        """Those of the step before that have not gone on in this one."""
         self._order: list[int] = []
         self._names: list[str] = []
         self._decode: tuple[str, ...] | None = ()
@@ -37,14 +41,18 @@ class Batch:
             self._decode = tuple(self._names)
         return self._decode
 
+    def chunk(self, i: int, row: int) -> None:
+        """A request has a chunk in this step, whose first node is `i`."""
+        self._enter(i, row)
+        self._chunks[row] = i
+
     def join(self, i: int, row: int) -> None:
         """A request starts decode `i`."""
         flat = self._flat
-        name = flat.request[i]
-        self.shared.enter(i, 2 * row + 1, name)
+        self._enter(i, row)
         place = bisect_left(self._order, row)
         self._order.insert(place, row)
-        self._names.insert(place, name)
+        self._names.insert(place, flat.request[i])
         self._decode = None
         # A row that continues a decode first feeds the last token of that one.
         first = flat.span[i] - flat.forwards[i]
@@ -53,12 +61,26 @@ class Batch:
 
     def part(self, i: int, row: int) -> None:
         """Decode `i` has ended."""
-        self.shared.leave(i, 2 * row + 1)
+        self.shared.leave(i, row)
         place = bisect_left(self._order, row)
         del self._order[place], self._names[place]
         self._decode = None
         self._context -= self._flat.stop[i]
         self._generated -= self._flat.span[i]
+
+    def settle(self) -> None:
+        """All chunks and decodes of this step are known: the chunks of the step before end."""
+        for row, i in self._before.items():
+            self.shared.leave(i, row)
+        self._before, self._chunks = self._chunks, {}
+
+    def _enter(self, i: int, row: int) -> None:
+        name = self._graph.requests[row].id
+        before = self._before.pop(row, None)
+        if before is None:
+            self.shared.enter(i, row, name)
+        else:
+            self.shared.move(before, i, row, name)
 
     def run(self, chunks: Iterable[PrefillChunk], loops: int) -> float:
         """Advance the decode rows by `loops` forwards.

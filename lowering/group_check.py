@@ -68,9 +68,12 @@ class GroupCheck:
     def _nests(self, group: PrefixGroup, outer: Sequence[PrefixGroup | None]) -> None:
         """All members come from one group, which ends where this one starts."""
         around = outer[0]
+        stop = around.stop if around else 0
+        if group.start == stop and outer.count(around) == len(outer):
+            return
         if any(other is not None and other.stop > group.start for other in outer):
             self._memory.error(f"{_span(group)} overlaps another group")
-        elif outer.count(around) != len(outer) or group.start != (around.stop if around else 0):
+        else:
             self._memory.error(f"{_span(group)} nests in no group")
 
 

@@ -98,6 +98,25 @@ class SharedRows:
             at = self._above[at]
         del self._name[row]
 
+    def move(self, old: int, node: int, row: int, name: str) -> None:
+        """The active row `row`, which entered at `old`, goes on to `node`: `leave` and `enter`."""
+        parent, branches, child = self._parent, self._branches, self._child
+        top, at = parent[old], parent[node]
+        while at not in (top, NONE) and not branches[at]:
+            at = parent[at]
+        if at != top:
+            self.leave(old, row)
+            self.enter(node, row, name)
+            return
+        # Nobody else is on the way: all that meet the row above still do.
+        below, at = -2 - row, parent[node]
+        while at != top:
+            branches[at], child[at] = 1, below
+            self.kv_tokens += self._span[at]
+            below, at = at, parent[at]
+        if top != NONE:
+            child[top] ^= below ^ (-2 - row)
+
     def _meet(self, node: int, other: int) -> None:
         """`node` becomes a meeting node; `other` was its only child until now."""
         below = self._descend(other)

@@ -142,8 +142,9 @@ class _Lowering:
         self.end(flat.ended.get(index, ()))
         moves, seconds = self.move(flat.moves.get(index, ()), worker)
         binds: list[Bind] = []
-        chunks, entered = self.prefill(flat.prefills.get(index, ()), batch, binds)
+        chunks = self.prefill(flat.prefills.get(index, ()), batch, binds)
         self.start(flat.decodes.get(index, ()), batch, binds)
+        batch.settle()
         for i in flat.reduces.get(index, ()):
             node = self.graph.nodes[i]
             assert isinstance(node, AllReduce), node
@@ -154,8 +155,6 @@ class _Lowering:
         groups = batch.shared.groups
         reduces = tuple(batch.reduces.values())
         seconds = round(seconds + batch.run(chunks, loops), 9)
-        for i, row in entered:
-            batch.shared.leave(i, row)
         return PlanStep(
             index, worker, kv, tuple(binds), chunks, batch.decode, loops, groups, reduces, seconds
         )
@@ -205,12 +204,11 @@ class _Lowering:
 
     def prefill(
         self, prefills: Iterable[int], batch: Batch, binds: list[Bind]
-    ) -> tuple[tuple[PrefillChunk, ...], list[tuple[int, int]]]:
-        """Chunks in request order, and the rows they entered: node and number."""
+    ) -> tuple[PrefillChunk, ...]:
+        """The chunks of a step, in request order."""
         flat = self.flat
         spans: dict[str, tuple[int, int]] = {}
         reached: dict[str, int] = {}
-        entered: list[tuple[int, int]] = []
         for i in prefills:
             name = flat.request[i]
             if name in self.answering:
@@ -219,8 +217,7 @@ class _Lowering:
             reached[name] = i
             if name not in spans:
                 spans[name] = begin, flat.stop[i]
-                entered.append((i, 2 * self.order[name]))
-                batch.shared.enter(i, entered[-1][1], name)
+                batch.chunk(i, self.order[name])
             else:
                 # Neighbouring chunks of one request in one step are one chunk.
                 begin, stop = spans[name]
@@ -229,7 +226,7 @@ class _Lowering:
         for name, i in reached.items():
             self.bind(i, name, binds)
         names = spans if len(spans) < 2 else sorted(spans, key=self.order.__getitem__)
-        return tuple([PrefillChunk(name, *spans[name]) for name in names]), entered
+        return tuple([PrefillChunk(name, *spans[name]) for name in names])
 
     def start(self, decodes: Iterable[int], batch: Batch, binds: list[Bind]) -> None:
         """Let requests join the batch."""

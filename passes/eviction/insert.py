@@ -54,10 +54,10 @@ def insert(
     loops: list[int] = []
     for step, here in enumerate(out):
         for item in extra.get(step, ()):
-            nodes += [node.replace(step=len(loops)) for node in item.nodes]
+            nodes += [at_step(node, len(loops)) for node in item.nodes]
             loops.append(int(item.rows > 0))
         loops.append(live.graph.loops[step])
-        nodes += weaver.resumed.pop(step, ())
+        nodes += weaver.resumed.pop(new[step], ())
         nodes += [weaver.moved(node) for node in here]
     return live.graph.replace(nodes=tuple(nodes), loops=tuple(loops))
 
@@ -72,22 +72,21 @@ class _Weaver:
         self.names = names
         self.cuts: dict[str, tuple[int, list[int]]] = {}
         self.resumed: dict[int, list[IRNode]] = defaultdict(list)
-        """By old step: decodes that go on in it, and their collectives."""
+        """By new step: decodes that go on in it, and their collectives."""
         self.parts: dict[str, list[Decode]] = {}
 
     def moved(self, node: IRNode) -> IRNode:
         """What stands for a node in its own step."""
         assert node.step is not None, "the stage is scheduled"
+        step = self.new[node.step]
         if isinstance(node, Decode):
-            return self._cut(node) if node.name in self.cuts else self._decode(node)
-        if isinstance(node, AllReduce):
-            node = self._follow(node)
-        return at_step(node, self.new[node.step or 0])
-
-    def _decode(self, node: Decode) -> IRNode:
-        assert node.step is not None, "the stage is scheduled"
-        assert node.until is not None, "the stage is scheduled"
-        return at_step(node, self.new[node.step], self.new[node.until])
+            if node.name in self.cuts:
+                return self._cut(node)
+            assert node.until is not None, "the stage is scheduled"
+            return at_step(node, step, self.new[node.until])
+        if isinstance(node, AllReduce) and self.parts:
+            node = self._follow(node, step)
+        return node if node.step == step else at_step(node, step)
 
     def _cut(self, node: Decode) -> IRNode:
         """The decode up to its first rest; the other parts wait in `resumed`."""
@@ -96,47 +95,51 @@ class _Weaver:
         prompt = graph.request[node.request].prompt_len
         first = self.live.step[decode]
         parts: list[Decode] = []
+        origin = Origin("evict", (node.name,))
         operands, after, start, step = node.operands, node.after, node.start, first
         for number, rest in enumerate([*at, -1]):
             last = rest < 0
             done = node.stop - node.start if last else self.steps.forwards(first, rest, worker)
             stop = node.stop if last else node.start + (node.start == prompt) + done
-            part = node.replace(
-                name=node.name if last else self.names.fresh(f"{node.name}.{number}"),
-                start=start,
-                stop=stop,
+            until = self.live.end[decode] if last else self.steps.before(rest, worker)
+            part = Decode(
+                node.name if last else self.names.fresh(f"{node.name}.{number}"),
+                node.request,
+                start,
+                stop,
                 operands=operands,
                 after=after,
-                step=step,
-                until=node.until if last else self.steps.before(rest, worker),
-                origin=node.origin if last else Origin("evict", (node.name,)),
+                step=self.new[step],
+                until=self.new[until],
+                worker=node.worker,
+                loc=node.loc,
+                origin=node.origin if last else origin,
             )
             parts.append(part)
             if number:
-                self.resumed[step].append(self._decode(part))
+                self.resumed[self.new[step]].append(part)
             operands, after, start, step = (part.name,), (), stop, rest
         self.parts[node.name] = parts
-        return self._decode(parts[0])
+        return parts[0]
 
-    def _follow(self, node: AllReduce) -> AllReduce:
+    def _follow(self, node: AllReduce, step: int) -> AllReduce:
         """The collective, over the parts of its operands that run in its step. Parts of an operand
         that it has alone get one each."""
         operands = []
         for name in node.operands:
             parts = self.parts.get(name, ())
-            running = [part.name for part in parts if _runs(part, node.step)]
+            running = [part.name for part in parts if _runs(part, step)]
             operands += running or [name]
         if len(node.operands) == 1:
             for part in self.parts.get(node.operands[0], ())[1:]:
                 assert part.step is not None, "it was set just before"
                 name = self.names.fresh(f"{node.name}.0")
-                one = node.replace(name=name, operands=(part.name,), step=self.new[part.step])
+                one = node.replace(name=name, operands=(part.name,), step=part.step)
                 self.resumed[part.step].append(one)
         return node.replace(operands=tuple(operands))
 
 
-def _runs(part: Decode, step: int | None) -> bool:
+def _runs(part: Decode, step: int) -> bool:
     assert part.step is not None, "it was set just before"
     assert part.until is not None, "it was set just before"
-    assert step is not None, "the stage is scheduled"
     return part.step <= step <= part.until

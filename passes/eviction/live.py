@@ -1,11 +1,11 @@
 """Live ranges: a scheduled graph as flat lists by node index."""
 
-from itertools import accumulate
-
+import numpy as np
+import numpy.typing as npt
 from attrs import frozen
 
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.nodes import Decode, KVFetch, KVMigrate, KVNode
+from sagellm_ir.nodes import Decode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.target import DEVICE
 
 __all__ = ["Live", "flatten"]
@@ -38,61 +38,70 @@ class Live:
 
     def fits(self) -> bool:
         """Whether no tier of any worker ever holds more than it can."""
-        target = self.graph.target
-        return all(
-            max(held, default=0) <= target.tiers[tier].blocks
-            for (tier, _), held in self.held().items()
-        )
+        room = np.array([tier.blocks for tier in self.graph.target.tiers])
+        return bool((self.peaks() <= room[:, np.newaxis]).all())
 
-    def held(self) -> dict[tuple[int, int], list[int]]:
-        """For each tier and worker that the graph uses, the live blocks of each step.
+    def peaks(self) -> npt.NDArray[np.int64]:
+        """For each tier and worker, the most blocks that are live in any step.
 
         What a fetch takes from the engine's cache is there from the first step on, as nothing
         may overwrite it before. Cached blocks that two fetches take count twice.
         """
-        deltas: dict[tuple[int, int], list[int]] = {}
-        steps = len(self.graph.loops)
-
-        def add(tier: int, worker: int, first: int, last: int, blocks: int) -> None:
-            if (tier, worker) not in deltas:
-                deltas[tier, worker] = [0] * (steps + 1)
-            deltas[tier, worker][first] += blocks
-            deltas[tier, worker][last + 1] -= blocks
-
-        pins = set(self.pins)
-        for i, blocks in enumerate(self.blocks):
-            if blocks:
-                first = 0 if i in pins else self.step[i]
-                add(self.tier[i], self.worker[i], first, self.last[i], blocks)
-        for i, tier in self.cached.items():
-            add(tier, self.worker[i], 0, self.step[i], self.blocks[i])
-        return {place: list(accumulate(changes)) for place, changes in deltas.items()}
+        target, steps = self.graph.target, len(self.graph.loops)
+        tiers, workers = len(target.tiers), len(target.workers)
+        tier, first, last = np.array(self.tier), np.array(self.step), np.array(self.last)
+        rows: npt.NDArray[np.int64] = np.flatnonzero(tier >= 0)
+        first[self.pins] = 0
+        tier, first, last = tier[rows], first[rows], last[rows]
+        if self.cached:
+            more = np.array(list(self.cached))
+            rows = np.concatenate((rows, more))
+            tier = np.concatenate((tier, list(self.cached.values())))
+            first = np.concatenate((first, np.zeros_like(more)))
+            last = np.concatenate((last, np.array(self.step)[more]))
+        place = (tier * workers + np.array(self.worker)[rows]) * (steps + 1)
+        blocks, count = np.array(self.blocks)[rows], tiers * workers * (steps + 1)
+        changes = np.bincount(place + first, blocks, count)
+        changes -= np.bincount(place + last + 1, blocks, count)
+        held = changes.reshape(tiers, workers, -1).cumsum(axis=2)
+        peaks: npt.NDArray[np.int64] = held.max(axis=2, initial=0).astype(np.int64)
+        return peaks
 
 
 def flatten(graph: IRGraph) -> Live:
     """Looks at every node twice: in order for its operands, in reverse for its last use."""
-    nodes, size = graph.nodes, graph.target.block_size
-    index = {node.name: i for i, node in enumerate(nodes)}
+    nodes, count, size = graph.nodes, len(graph.nodes), graph.target.block_size
+    index: dict[str, int] = {}
     workers = {worker.name: i for i, worker in enumerate(graph.target.workers)}
     tiers = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
-    count = len(nodes)
-    prefix, source, blocks, tier = [-1] * count, [-1] * count, [0] * count, [-1] * count
+    device = tiers[DEVICE]
+    worker, tier = [0] * count, [-1] * count
+    prefix, source, blocks = [-1] * count, [-1] * count, [0] * count
     step, end = [0] * count, [0] * count
     pins: list[int] = []
     cached: dict[int, int] = {}
     for i, node in enumerate(nodes):
         assert node.step is not None, "the stage is scheduled"
+        index[node.name] = i
         step[i] = end[i] = node.step
+        if node.worker:
+            worker[i] = workers[node.worker]
         if not isinstance(node, KVNode):
             continue
-        blocks[i] = -(-node.stop // size) + -node.start // size
+        start = node.start
+        blocks[i] = -(-node.stop // size) + -start // size
+        if isinstance(node, (Prefill, Decode)):
+            tier[i] = device
+            if start:
+                prefix[i] = index[node.operands[-1]]
+            if isinstance(node, Decode):
+                assert node.until is not None, "the stage is scheduled"
+                end[i] = node.until
+            continue
         tier[i] = tiers[node.tier]
         if node.prefix:
             prefix[i] = index[node.prefix]
-        if isinstance(node, Decode):
-            assert node.until is not None, "the stage is scheduled"
-            end[i] = node.until
-        elif isinstance(node, KVFetch | KVMigrate):
+        if isinstance(node, (KVFetch, KVMigrate)):
             if node.source is not None:
                 source[i] = index[node.source]
             elif isinstance(node, KVFetch) and node.src != DEVICE:
@@ -105,17 +114,4 @@ def flatten(graph: IRGraph) -> Live:
             last[at] = last[i]
         if (at := source[i]) >= 0 and last[at] < end[i]:
             last[at] = end[i]
-    return Live(
-        graph=graph,
-        worker=[workers[node.worker] if node.worker else 0 for node in nodes],
-        prefix=prefix,
-        source=source,
-        blocks=blocks,
-        step=step,
-        end=end,
-        last=last,
-        tier=tier,
-        device=tiers[DEVICE],
-        pins=pins,
-        cached=cached,
-    )
+    return Live(graph, worker, prefix, source, blocks, step, end, last, tier, device, pins, cached)

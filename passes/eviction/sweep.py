@@ -10,6 +10,8 @@ resident forest and what returns comes from the root on; and a policy may be bli
 from collections import defaultdict
 from heapq import heappop, heappush
 
+import numpy as np
+import numpy.typing as npt
 from attrs import frozen
 
 from sagellm_ir.cost import CostModel
@@ -55,19 +57,23 @@ class Sweep:
         self.away = self.ways.away
         self.batches: list[Batch] = []
         self.request = [getattr(node, "request", "") for node in live.graph.nodes]
-        self.pools = [self._pool(worker, policy) for worker in range(len(self.target.workers))]
+        peaks, workers = live.peaks(), range(len(self.target.workers))
+        self.pools = [self._pool(worker, policy, peaks) for worker in workers]
         self.uses = self._uses()
         """By value: heap of what will start, or come back, on top of it: step, node."""
         self.protected = self._protected()
         """By value: the last step in which another worker copies it."""
+        self.held = self._held()
+        """By node: the device value that keeps its chain in place while the node runs, or -1."""
+        self.seconds: dict[int, float] = {}
+        """By value: what it takes to compute it again, once that was asked for."""
 
-    def _pool(self, worker: int, policy: str) -> Pool:
+    def _pool(self, worker: int, policy: str, peaks: npt.NDArray[np.int64]) -> Pool:
         live = self.live
         pool = Pool(self.target.tiers[live.device].blocks, make_policy(policy))
-        held = live.held()
         for tier, spec in enumerate(self.target.tiers):
             if tier != live.device:
-                own = max(held.get((tier, worker), ()), default=0)
+                own = int(peaks[tier, worker])
                 pool.room[tier] = pool.least[tier] = spec.blocks - own
                 if own > spec.blocks:
                     raise SageIRError(
@@ -100,6 +106,15 @@ class Sweep:
                 source = live.prefix[source]
         return protected
 
+    def _held(self) -> list[int]:
+        live = self.live
+        held = list(range(len(live.step)))
+        for i, tier in enumerate(live.tier):
+            if tier != live.device:
+                source = live.source[i]
+                held[i] = source if source >= 0 and live.tier[source] == live.device else -1
+        return held
+
     # --- the sweep ---
 
     def run(self) -> None:
@@ -124,8 +139,7 @@ class Sweep:
             if step in starts:
                 self._start(step, starts[step])
             for node in ends.get(step, ()):
-                held = self._held(node)
-                if held >= 0:
+                if (held := self.held[node]) >= 0:
                     self._deactivate(held, step + 1)
             for value in deaths.get(step, ()):
                 if self.resident[value]:
@@ -133,26 +147,18 @@ class Sweep:
             for value in released.get(step, ()):
                 self._offer(value, step + 1)
 
-    def _held(self, node: int) -> int:
-        """The device value that keeps its chain in place while the node runs, or -1."""
-        live = self.live
-        if live.tier[node] == live.device:
-            return node
-        source = live.source[node]
-        return source if source >= 0 and live.tier[source] == live.device else -1
-
     def _start(self, step: int, nodes: list[int]) -> None:
         """What starts in a step takes its place, and so does what it builds on."""
         live, back = self.live, set[int]()
         for node in nodes:
-            at = self._held(node)
+            at = self.held[node]
             while at >= 0 and not self.resident[at]:
                 self._settle(at, step)
                 if at in self.away:
                     back.add(at)
                 at = live.prefix[at]
         for node in nodes:
-            if (at := self._held(node)) >= 0:
+            if (at := self.held[node]) >= 0:
                 self._activate(at)
         worker = live.worker[nodes[0]]
         pool = self.pools[worker]
@@ -187,9 +193,12 @@ class Sweep:
 
     def _seconds(self, value: int) -> float:
         """What it takes to compute the value again."""
-        node = self.live.graph.nodes[value]
-        assert isinstance(node, KVNode)
-        return self.cost.prefill(node.start, node.stop)
+        seconds = self.seconds.get(value)
+        if seconds is None:
+            node = self.live.graph.nodes[value]
+            assert isinstance(node, KVNode)
+            self.seconds[value] = seconds = self.cost.prefill(node.start, node.stop)
+        return seconds
 
     def _leave(self, value: int, step: int) -> None:
         """The value gives its place up; what it built on may be a leaf now."""
@@ -204,23 +213,26 @@ class Sweep:
                 self._offer(at, step)
 
     def _activate(self, value: int) -> None:
+        active, prefix = self.active, self.live.prefix
+        victims = self.pools[self.live.worker[value]].victims  # a chain is on one worker
         while value >= 0:
-            self.active[value] += 1
-            if self.active[value] > 1:
+            active[value] += 1
+            if active[value] > 1:
                 return
             self.count[value] += 1
-            self.pools[self.live.worker[value]].victims.withdraw(value)
-            value = self.live.prefix[value]
+            victims.withdraw(value)
+            value = prefix[value]
 
     def _deactivate(self, value: int, step: int) -> None:
+        active, prefix, last = self.active, self.live.prefix, self.live.last
         while value >= 0:
-            self.active[value] -= 1
-            if self.active[value]:
+            active[value] -= 1
+            if active[value]:
                 return
             self.used[value] = step - 1
-            if not self.children[value] and self.live.last[value] >= step:
+            if not self.children[value] and last[value] >= step:
                 self._offer(value, step)
-            value = self.live.prefix[value]
+            value = prefix[value]
 
     # --- victims ---
 

@@ -86,8 +86,10 @@ def _block(owner: Any) -> str:
     get, attributes, defaults = _columns(cls)
     if (found := get(owner)) == defaults:
         return ""
-    shown = [
-        f"{attribute.text} = {format_value(value, attribute.type)}"
+    shown = [  # most attributes are plain integers, which need no call
+        f"{attribute.text} = {value}"
+        if type(value) is int and attribute.type == "int"
+        else f"{attribute.text} = {format_value(value, attribute.type)}"
         for attribute, value, usual in zip(attributes, found, defaults)  # noqa: B905  (hot)
         if value is not usual and value != usual
     ]

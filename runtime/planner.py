@@ -12,28 +12,20 @@ spilled unfinished block) is recomputed by an ordinary prefill.
 """
 
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 
-from attrs import evolve, field, frozen
+from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
-from sagellm_ir.identity import BlockIds, Namespace
 from sagellm_ir.lowering import lower
-from sagellm_ir.lowering.plan import (
-    ExecutionPlan,
-    KVFree,
-    LiveBlock,
-    PlanRequest,
-    PlanStep,
-    Resident,
-)
+from sagellm_ir.lowering.plan import ExecutionPlan, KVFree, PlanRequest, PlanStep
 from sagellm_ir.lowering.replay import Replay
 from sagellm_ir.nodes import Decode, IRNode, Prefill
 from sagellm_ir.nodes.allreduce import collective
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.runtime.backend import EngineView, RequestView
+from sagellm_ir.runtime.carry import Carry, Contents
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["OnlinePlanner", "PlanCursor"]
@@ -54,29 +46,6 @@ class PlanCursor:
         step = self.plan.steps[self.position]
         self.position += 1
         return step
-
-
-@frozen
-class _Job:
-    """A submitted request."""
-
-    request: PlanRequest
-    blocks: tuple[int, ...]
-    """Ids of the full blocks of its prompt."""
-    number: int
-    """How many were submitted before it."""
-
-
-@frozen
-class _Carry:
-    """What an epoch leaves to the next one."""
-
-    resident: tuple[Resident, ...] = ()
-    live: tuple[LiveBlock, ...] = ()
-    frees: tuple[KVFree, ...] = ()
-    """Blocks that nobody needs any more, still held."""
-    computed: dict[str, int] = field(factory=dict)
-    """Tokens of each request whose KV is somewhere."""
 
 
 class OnlinePlanner:
@@ -114,19 +83,14 @@ class OnlinePlanner:
         """The current epoch's plan, its steps numbered from 0."""
         self._passes = PassManager(Pipeline.parse(pipeline))
         self._reserve, self._window = reserve, window
-        self._ids = BlockIds(target.block_size)
-        self._jobs: dict[str, _Job] = {}
-        """Requests that have not finished."""
-        self._submitted = 0
+        self._contents = Contents(target)
+        self._jobs = self._contents.jobs
         self._dirty = False
         self._replay: Replay | None = None
         self._position = 0
         """Steps of the current plan given out."""
         self._issued = 0
         """Steps of all plans given out."""
-        self._private: dict[int, str] = {}
-        """Ids of blocks of generated tokens, and whose they are."""
-        self._lru: dict[int, None] = {}
         self._frees: tuple[KVFree, ...] = ()
 
     def submit(self, request: PlanRequest) -> None:
@@ -144,10 +108,7 @@ class OnlinePlanner:
         need = request.prompt_len + request.max_new_tokens
         if need > room:
             raise _refused(request, f"it needs KV of {need} tokens, and the pool holds {room}")
-        space = Namespace(self.target.model.name, request.adapter, request.tenant)
-        blocks = self._ids.of_tokens(request.tokens, space)
-        self._jobs[request.id] = _Job(request, blocks, self._submitted)
-        self._submitted += 1
+        self._contents.add(request, request.tokens)
         self._dirty = True
 
     def next_step(self, view: EngineView) -> PlanStep | None:
@@ -190,7 +151,7 @@ class OnlinePlanner:
 
     def _new_epoch(self, view: EngineView) -> None:
         """Compile what is not finished, from the state that the last epoch left."""
-        carry = self._carry()
+        carry = self._contents.carry(self._replay) if self._replay else Carry()
         seen = {request.id: request for request in _seen(view)}
         decls = self._decls(seen, carry)
         self._dirty = any(name not in seen for name in self._jobs)
@@ -211,7 +172,7 @@ class OnlinePlanner:
         assert not self._replay.errors, self._replay.errors
         self._position = 0
 
-    def _decls(self, seen: dict[str, RequestView], carry: _Carry) -> tuple[RequestDecl, ...]:
+    def _decls(self, seen: dict[str, RequestView], carry: Carry) -> tuple[RequestDecl, ...]:
         """What is under way, all of it and first; then the first requests that wait."""
         jobs = [job for name, job in self._jobs.items() if name in seen]
         running = [job for job in jobs if carry.computed.get(job.request.id)]
@@ -235,96 +196,10 @@ class OnlinePlanner:
                     tenant=request.tenant,
                     session=request.session,
                     prompt_len=length,
-                    blocks=self._blocks(job, length // self.target.block_size),
+                    blocks=self._contents.blocks(job, length // self.target.block_size),
                 )
             )
         return tuple(decls)
-
-    def _blocks(self, job: _Job, count: int) -> tuple[int, ...]:
-        """Ids of a request's first full blocks, generated ones included."""
-        known = len(job.blocks)
-        return job.blocks[:count] + tuple(self._own(job, at) for at in range(known, count))
-
-    def _own(self, job: _Job, at: int) -> int:
-        """The id of a block that ends in generated tokens: nobody else has it."""
-        digest = blake2b(f"{job.number}:{at}".encode(), digest_size=16, person=b"generated")
-        content = self._ids.of_digest(digest.digest())
-        self._private[content] = job.request.id
-        return content
-
-    def _carry(self) -> _Carry:
-        """Sort what the tiers hold into cache, live blocks and rubbish."""
-        replay = self._replay
-        if replay is None:
-            return _Carry()
-        size = self.target.block_size
-        for request in replay.plan.requests:
-            for content in reversed(request.blocks):
-                self._lru.pop(content, None)
-                self._lru[content] = None
-        worker = self.target.workers[0].name
-        kept = {tier.name: dict[int, int]() for tier in self.target.tiers}
-        partial: dict[int, tuple[int, int]] = {}
-        for (tier, _), held in replay.blocks.items():
-            for number, block in held.items():
-                wanted = self._content(block.content)
-                if wanted is None:
-                    continue
-                if block.filled == size:
-                    kept[tier].setdefault(wanted, number)
-                elif tier == DEVICE:
-                    partial[wanted] = max(partial.get(wanted, (0, 0)), (block.filled, number))
-        live, computed = self._live(kept, partial)
-        used = {DEVICE: {block.block for block in live}}
-        frees = []
-        for (tier, _), held in replay.blocks.items():
-            keep = used.get(tier, set()) | set(kept[tier].values())
-            if rest := tuple(sorted(held.keys() - keep)):
-                frees.append(KVFree(tier, rest))
-        order = {content: place for place, content in enumerate(self._lru)}
-        resident = []
-        for tier, where in kept.items():
-            if where:
-                ids = tuple(sorted(where, key=lambda content: order.get(content, len(order))))
-                resident.append(Resident(tier, ids, tuple(where[c] for c in ids), worker))
-        self._lru = {c: None for c in self._lru if any(c in where for where in kept.values())}
-        self._private = {c: name for c, name in self._private.items() if name in self._jobs}
-        return _Carry(tuple(resident), live, tuple(frees), computed)
-
-    def _content(self, content: object) -> int | None:
-        """The id of a block's content in the next epoch; None when nobody can want it."""
-        if isinstance(content, int):
-            owner = self._private.get(content)
-            if owner is None or owner in self._jobs:
-                return content
-        elif isinstance(content, tuple) and (job := self._jobs.get(content[0])):
-            return self._own(job, content[1])
-        return None
-
-    def _live(
-        self, kept: dict[str, dict[int, int]], partial: dict[int, tuple[int, int]]
-    ) -> tuple[tuple[LiveBlock, ...], dict[str, int]]:
-        """The live block of each request under way, and how far its KV reaches."""
-        assert self._replay is not None
-        size = self.target.block_size
-        live: list[LiveBlock] = []
-        computed: dict[str, int] = {}
-        for name, state in self._replay.states.items():
-            if (job := self._jobs.get(name)) is None or not state.started:
-                continue
-            at = 0
-            length = state.request.prompt_len + state.request.max_new_tokens
-            for content in self._blocks(job, length // size + 1):
-                if not any(content in where for where in kept.values()):
-                    break
-                at += 1
-            computed[name] = at * size
-            content = self._blocks(job, at + 1)[at]
-            filled, number = partial.get(content, (0, 0))
-            if filled and all(block.block != number for block in live):
-                computed[name] += filled
-                live.append(LiveBlock(name, number, computed[name]))
-        return tuple(live), computed
 
 
 def _seen(view: EngineView) -> Iterator[RequestView]:

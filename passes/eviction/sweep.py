@@ -177,8 +177,9 @@ class Sweep:
     def _settle(self, value: int, step: int) -> None:
         """The value takes its place on the device."""
         live = self.live
+        pool = self.pools[live.worker[value]]
         self.resident[value] = 1
-        self.pools[live.worker[value]].used += live.blocks[value]
+        pool.used += live.blocks[value]
         if value in self.away:
             computed = self.away[value].store < 0
             self.ways.copyable[value] = step + computed
@@ -188,8 +189,9 @@ class Sweep:
                 )  # several nodes: never copied whole
         self.inserted[value] = self.used[value] = step
         self.count[value] = 0
-        if live.prefix[value] >= 0:
-            self.children[live.prefix[value]] += 1
+        if (at := live.prefix[value]) >= 0:
+            self.children[at] += 1
+            pool.victims.withdraw(at)
 
     def _seconds(self, value: int) -> float:
         """What it takes to compute the value again."""
@@ -214,13 +216,12 @@ class Sweep:
 
     def _activate(self, value: int) -> None:
         active, prefix = self.active, self.live.prefix
-        victims = self.pools[self.live.worker[value]].victims  # a chain is on one worker
+        self.pools[self.live.worker[value]].victims.withdraw(value)
         while value >= 0:
             active[value] += 1
             if active[value] > 1:
                 return
             self.count[value] += 1
-            victims.withdraw(value)
             value = prefix[value]
 
     def _deactivate(self, value: int, step: int) -> None:

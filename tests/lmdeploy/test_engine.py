@@ -14,7 +14,7 @@ from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.request import Request, Sampling, TokenPrompt
 from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
-from sagellm_ir.runtime.planner import OnlinePlanner
+from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
 from sagellm_ir.runtime.running import run_plan
 from tests.lmdeploy.cpu import engine, oracle
 
@@ -129,8 +129,13 @@ def test_a_plan_compiled_ahead_runs_with_the_cursor(host: int) -> None:
         graph = PassManager(Pipeline.parse("O2")).run(built.graph)
         plan = lower(graph, built.tokens)
         report = run_plan(backend, plan)
+        for asked in plan.requests:
+            backend.submit(asked)
+        events = list(backend.stream(PlanCursor(plan)))
         assert (backend._driver.rejected, backend._driver.unplanned) == ([], 0)
     for asked in plan.requests:
+        streamed = [event.token for event in events if event.request == asked.id]
+        assert streamed == report.answers[asked.id].tokens
         assert asked.tokens is not None
         answer = report.answers[asked.id]
         assert answer.tokens == oracle(asked.tokens, asked.max_new_tokens)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lmdeploy.messages import GenerationConfig
 from lmdeploy.pytorch.config import ModelConfig
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.model_inputs import ModelInputs, StepContext
@@ -347,3 +348,40 @@ def test_a_request_that_ends_during_its_chunk_is_forgotten() -> None:
 
     assert run(work) == oracle(prompts(2)[1], 9)
     assert eng.scheduler.seq_manager.num_sequences(MessageStatus.WAITING) == 0
+
+
+def test_rows_without_room_come_right_after_the_others() -> None:
+    """The plan believes in a larger pool: 24 blocks hold two of these at a time."""
+    own = [[i * 7 + at % 5 for at in range(148)] for i in range(4)]
+    steps = [
+        PlanStep(0, prefill=tuple(chunk(f"r{i}", 0, 148) for i in range(4))),
+        PlanStep(1, decode=("r0", "r1", "r2", "r3"), loops=4),
+    ]
+    driver, trace = driven(steps, own, num_gpu_blocks=24)
+    assert trace[0]["tokens"] == [148, 148]
+    assert "there is no room for its rows" in driver.rejected
+
+
+def test_a_tight_budget_splits_a_planned_prefill() -> None:
+    """More had to be computed than planned: what is over the budget comes in the next step."""
+    steps = [PlanStep(0, prefill=tuple(chunk(f"r{i}", 100, 148) for i in range(4)))]
+    own = [[i * 7 + at % 5 for at in range(148)] for i in range(4)]
+    driver, trace = driven(steps, own, max_prefill_token_num=300)
+    assert [step["tokens"] for step in trace[:2]] == [[148, 148], [148, 148]]
+    assert driver.rejected == []
+
+
+def test_a_chunk_is_not_split_where_its_token_would_be_seen() -> None:
+    eng = engine()
+    names = Names()
+    names.add("r0", 0)
+    PlanDriver(eng, Steps([PlanStep(0, prefill=(chunk("r0", 0, 64),))]), names)
+
+    async def work() -> Any:
+        instance = eng.create_instance()
+        config = GenerationConfig(max_new_tokens=3, ignore_eos=True, logprobs=1)
+        async for _ in instance.async_stream_infer(0, prompts(1)[0], gen_config=config):
+            pass
+
+    run(work)
+    assert eng.executor.trace[0]["tokens"] == [148]

@@ -145,3 +145,23 @@ def test_no_reference_is_lost_or_kept() -> None:
     assert sched.block_manager.get_num_free_gpu_blocks() == 64 - cached
     assert sched.block_trie.evict(1000) == cached
     assert sched.block_manager.get_num_free_gpu_blocks() == 64
+
+
+def test_a_block_is_not_replaced_by_one_on_the_host_without_room() -> None:
+    """The trie's copy of a block is on the host while a sequence computes the same block again."""
+    sched = scheduler(blocks=9, host=8)
+    kv = KVManager(sched)
+    add(sched, 1, [*PROMPT, 1])
+    prefill(sched)
+    decode(sched)
+    shared = blocks_of(sched.running[0])[:4]
+    sched.end_session(1)
+    assert kv.spill(shared)
+    kv.can_fetch = lambda node: False  # type: ignore[method-assign]
+    second = add(sched, 2, [*PROMPT, *[2] * (4 * BLOCK + 9)])
+    prefill(sched)
+    del kv.can_fetch
+    assert sched.block_manager.get_num_free_gpu_blocks() == 0
+    decode(sched)
+    assert not {*shared} & {*blocks_of(second)}
+    assert (sched.block_manager.get_block_table(second) < 9).all()

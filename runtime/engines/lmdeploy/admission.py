@@ -26,6 +26,8 @@ class Admission:
         self.scheduler = kv.scheduler
         self.partial: set[int] = set()
         """Sequences whose chunk in flight ends before what is known of them."""
+        self.refused: set[int] = set()
+        """Sequences that the last call had no room for."""
 
     def prefill(self, rows: Iterable[tuple[Any, PrefillChunk]]) -> list[Any]:
         """Admit prefill rows in order; those that do not fit are left waiting, as they were.
@@ -33,6 +35,7 @@ class Admission:
         The token budget counts what is computed, after the match (B5).
         """
         pairs = list(rows)
+        self.refused.clear()
         budget = self.scheduler.cache_config.max_prefill_token_num
         members = {seq.seq_id for seq, _ in pairs}
         admitted: list[Any] = []
@@ -49,6 +52,7 @@ class Admission:
             if not fits or not self._room(seq, 0, members):
                 seq._num_token_ids = known - computed
                 self.kv.undo(seq, before)  # B4
+                self.refused.add(seq.seq_id)
                 continue
             self._run(seq)
             if computed + wanted < known:
@@ -59,13 +63,19 @@ class Admission:
 
     def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
         """Admit decode rows for `loops` tokens each; those without room keep running, later."""
+        manager, trie = self.scheduler.block_manager, self.scheduler.block_trie
         members = {seq.seq_id for seq in seqs}
+        self.refused.clear()
         admitted = []
         for seq in seqs:
-            if self._room(seq, loops, members):
-                self.scheduler.block_manager.allocate(seq, loops)
-                self.scheduler.block_trie.allocate(seq)
-                admitted.append(seq)
+            needed = manager.num_required_blocks(seq, loops)
+            if needed or manager.num_cpu_blocks:
+                if not self._room(seq, loops, members):
+                    self.refused.add(seq.seq_id)
+                    continue
+                manager.allocate(seq, loops)
+            trie.allocate(seq)
+            admitted.append(seq)
         return admitted
 
     def _run(self, seq: Any) -> None:
@@ -162,6 +172,7 @@ def group_rows(
 
 def _agree(seqs: Sequence[Any], group: PrefixGroup, block_size: int) -> bool:
     span = slice(group.start // block_size, group.stop // block_size)
-    tables = {tuple(seq.logical_blocks.get_real_blocks()[span].tolist()) for seq in seqs}
+    tables = {seq.logical_blocks.get_real_blocks()[span].tobytes() for seq in seqs}
     whole = group.start % block_size == 0 == group.stop % block_size
-    return whole and len(tables) == 1 and len(tables.pop()) == span.stop - span.start
+    held = len(seqs[0].logical_blocks.get_real_blocks()[span]) == span.stop - span.start
+    return whole and held and len(tables) == 1

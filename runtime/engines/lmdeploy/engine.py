@@ -23,7 +23,7 @@ from sagellm_ir.runtime.backend import (
 )
 from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names, view_of
+from sagellm_ir.runtime.engines.lmdeploy.view import Names
 from sagellm_ir.runtime.planner import PlanCursor
 from sagellm_ir.target import Target
 
@@ -40,7 +40,10 @@ class _Client:
     sampling: Sampling
     session: int
     read: int = 0
-    done: bool = False
+    ended: bool = False
+    """Its answer was read to the end."""
+    told: bool = False
+    """The end was handed out."""
 
 
 class _Nothing:
@@ -152,11 +155,8 @@ class LMDeployBackend:
         """
         self._call(self._drive(source, hold=False))
         try:
-            while (
-                not all(client.done for client in self._clients.values())
-                or not self._events.empty()
-            ):
-                yield self._events.get()
+            while not all(client.told for client in self._clients.values()):
+                yield self._take()
         finally:
             self._call(self._drive(_Nothing(), hold=True))
 
@@ -166,14 +166,17 @@ class LMDeployBackend:
         Raises:
             SageIRError: the step cannot run.
         """
+        if not step.prefill and not step.decode:
+            self._call(self._move(step))
+            return []
         rejected = len(self._driver.rejected)
         one = _OneStep(step)
         self._call(self._drive(one, hold=True))
-        while not one.ran.wait(0.01) and not self._are_done():
-            pass  # with nothing left to do the engine asks no more
+        while not one.ran.wait(0.01) and not self._have_ended():
+            self._check_alive()  # with nothing left to do it asks no more
         events = []
         while self._behind():
-            events.append(self._events.get())
+            events.append(self._take())
         problem = "" if one.given else "no request is waiting or running"
         if len(self._driver.rejected) > rejected:
             problem = self._driver.rejected[-1]
@@ -194,6 +197,7 @@ class LMDeployBackend:
         client = self._clients.pop(request)
         self._call(self.engine.create_instance().async_end(client.session))
         self._names.forget(request)
+        self._driver.forget(request)
 
     def stats(self) -> EngineStats:
         """Steps that LMDeploy scheduled by itself count too."""
@@ -230,14 +234,17 @@ class LMDeployBackend:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _view(self) -> EngineView:
-        return view_of(self.engine.scheduler, self._names)
+        return self._driver.view()
 
     async def _attach(self) -> PlanDriver:
         return PlanDriver(self.engine, _Nothing(), self._names, hold=True)
 
+    async def _move(self, step: PlanStep) -> None:
+        self._driver.move(step)
+
     async def _cancel(self, client: _Client) -> None:
         # LMDeploy forgets a stop that overtakes the request.
-        while not client.done and not self._names.sequence(
+        while not client.ended and not self._names.sequence(
             self.engine.scheduler, client.request.id
         ):
             await asyncio.sleep(0.001)
@@ -247,8 +254,24 @@ class LMDeployBackend:
         self._driver.source, self._driver.hold = source, hold
         self._driver.overlap = isinstance(source, PlanCursor)
 
-    def _are_done(self) -> bool:
-        return all(client.done for client in self._clients.values())
+    def _take(self) -> TokenEvent:
+        while True:
+            try:
+                event = self._events.get(timeout=1.0)
+                break
+            except queue.Empty:
+                self._check_alive()
+        if event.finish and event.request in self._clients:
+            self._clients[event.request].told = True
+        return event
+
+    def _check_alive(self) -> None:
+        task = self.engine._loop_main
+        if task is not None and task.done():
+            raise RuntimeError("LMDeploy's loop has ended; its log says why")
+
+    def _have_ended(self) -> bool:
+        return all(client.ended for client in self._clients.values())
 
     def _behind(self) -> bool:
         """Whether tokens that were made have not been handed out."""
@@ -278,7 +301,7 @@ class LMDeployBackend:
                 client.read += 1
                 self._generated += 1
             if ended:
-                client.done = True
+                client.ended = True
                 if not out.token_ids:
                     finish = "stop" if out.status == ResponseType.FINISH else "abort"
                     self._events.put(TokenEvent(name, None, index=client.read, finish=finish))

@@ -19,7 +19,7 @@ from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, view_of
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, sequences, view_of
 
 __all__ = ["PlanDriver"]
 
@@ -66,7 +66,10 @@ class PlanDriver:
         self.unplanned = 0
         """Steps that LMDeploy scheduled by its own rules."""
         self._todo: deque[PlanStep] = deque()
+        self._ready: PlanStep | None = None
         self._found: dict[str, Any] = {}
+        """The sequences of this tick by request id."""
+        self._seen: set[str] = set()
         self._blocks = PlanBlocks(self.kv)
         engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
         self.scheduler.plan_source = self
@@ -79,15 +82,25 @@ class PlanDriver:
 
     def view(self) -> EngineView:
         """What the engine reports to the source."""
-        return view_of(self.scheduler, self.names)
+        return view_of(self.scheduler, sequences(self.scheduler, self.names))
+
+    def move(self, step: PlanStep) -> None:
+        """Do the moves and frees of a step without rows, while nothing is in flight."""
+        self._blocks.move(step)
+
+    def forget(self, request: str) -> None:
+        """A request's id may be used again."""
+        self._seen.discard(request)
 
     # What the patched scheduler asks.
 
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
-        self._found.clear()
+        self._ready = None
         if self._is_in_flight():
             return False
+        self._found = sequences(self.scheduler, self.names)
+        self._seen.update(self._found)
         for _ in range(_MOVES_ONLY):
             if not self._todo:
                 self._todo.extend(self._ask())
@@ -97,7 +110,8 @@ class PlanDriver:
                 return False
             self._todo.extendleft(reversed(self._parts(self._todo.popleft())))
             if self._named(self._todo[0]):
-                return bool(self._todo[0].prefill)
+                self._ready = self._todo[0]
+                return bool(self._ready.prefill)
             self._blocks.move(self._todo.popleft())
         return None
 
@@ -135,7 +149,7 @@ class PlanDriver:
 
     def _ask(self) -> list[PlanStep]:
         try:
-            step = self.source.next_step(self.view())
+            step = self.source.next_step(view_of(self.scheduler, self._found))
         except Exception:
             logger.exception("the plan source failed; LMDeploy schedules this step")
             self.rejected.append("the source failed")
@@ -167,7 +181,7 @@ class PlanDriver:
 
     def _planned(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput | None:
         step = self._todo[0]
-        if self._must_wait(step):
+        if step is not self._ready and self._must_wait(step):
             return _output([])
         if is_prefill != bool(step.prefill):
             # A planned prefill admitted nobody, and the engine asks for a decode instead.
@@ -184,6 +198,12 @@ class PlanDriver:
             ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
         else:
             ran = self.admission.decode(list(seqs.values()), step.loops)
+        if refused := self.admission.refused:
+            if not ran:
+                self.rejected.append("there is no room for its rows")
+                return None
+            left = {name for name, seq in seqs.items() if seq.seq_id in refused}
+            self._todo.appendleft(_only(step, left))
         if not ran:
             return None
         for bind in step.binds:
@@ -220,7 +240,7 @@ class PlanDriver:
         rows = {name: self._sequence(name) for name in names}
         wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
         for name, seq in rows.items():
-            if seq.status != wanted:
+            if seq.status is not wanted:
                 return f"{name} is {seq.status.name}, not {wanted.name}"
         scheduler = self.scheduler
         taken = scheduler.num_running() + scheduler.num_locked() if step.prefill else 0
@@ -245,14 +265,12 @@ class PlanDriver:
         return [chunk.request for chunk in step.prefill] or list(step.decode)
 
     def _sequence(self, name: str) -> Any:
-        """The sequence of a request, looked up once a tick."""
-        if name not in self._found:
-            self._found[name] = self.names.sequence(self.scheduler, name)
-        return self._found[name]
+        return self._found.get(name)
 
     def _is_over(self, name: str) -> bool:
-        seq = self._sequence(name)
-        return seq.status.name in ENDED if seq is not None else self.names.has_left(name)
+        """Whether a request has ended, or was in the scheduler and left it."""
+        seq = self._found.get(name)
+        return name in self._seen if seq is None else seq.status.name in ENDED
 
     # LMDeploy's own rules.
 
@@ -294,3 +312,10 @@ def _output(
     swap_out: dict[int, int] | None = None,
 ) -> SchedulerOutput:
     return SchedulerOutput(running, swap_in or {}, swap_out or {}, {})
+
+
+def _only(step: PlanStep, names: set[str]) -> PlanStep:
+    """What a step does for some of its requests, to be done after it."""
+    chunks = tuple(chunk for chunk in step.prefill if chunk.request in names)
+    decode = tuple(name for name in step.decode if name in names)
+    return evolve(step, kv=(), prefill=chunks, decode=decode)

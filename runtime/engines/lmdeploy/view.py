@@ -1,13 +1,13 @@
 """Requests of LMDeploy's scheduler under the names that plans use, and the `EngineView` of its state."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from sagellm_ir.runtime.backend import CachedPrefix, EngineView, Finish, RequestView
 from sagellm_ir.target import DEVICE, HOST
 
-__all__ = ["ENDED", "WORKER", "Names", "view_of"]
+__all__ = ["ENDED", "WORKER", "Names", "sequences", "view_of"]
 
 _UNNAMED = re.compile(r"session-(\d+)-\d+")
 ENDED = ("STOPPED", "ABORTED", "TO_BE_MIGRATED")
@@ -26,7 +26,6 @@ class Names:
     def __init__(self) -> None:
         self._request: dict[int, str] = {}
         self._session: dict[str, int] = {}
-        self._arrived: set[str] = set()
 
     def add(self, request: str, session: int) -> None:
         """Name a session, before its request reaches the scheduler."""
@@ -38,7 +37,6 @@ class Names:
         session = self._session.pop(request, None)
         if session is not None:
             self._request.pop(session, None)
-            self._arrived.discard(request)
 
     def request(self, seq: Any) -> str:
         """The request id of a sequence."""
@@ -56,21 +54,22 @@ class Names:
         """The sequence of a request; None while it has not reached the scheduler, or when it left."""
         session = scheduler.sessions.get(self.session(request))
         seq = None if session is None else next(iter(session.sequences.values()), None)
-        if seq is None or self.request(seq) != request:
-            return None
-        if request in self._session:
-            self._arrived.add(request)
-        return seq
-
-    def has_left(self, request: str) -> bool:
-        """Whether a request that is not in the scheduler was in it before."""
-        return request in self._arrived or bool(_UNNAMED.fullmatch(request))
+        return seq if seq is None or self.request(seq) == request else None
 
 
-def view_of(scheduler: Any, names: Names) -> EngineView:
-    """What the engine reports. Sequences in flight are left out: no step can name them yet."""
+def sequences(scheduler: Any, names: Names) -> dict[str, Any]:
+    """All sequences of a scheduler by request id."""
+    return {
+        names.request(seq): seq
+        for session in scheduler.sessions.values()
+        for seq in session.sequences.values()
+    }
+
+
+def view_of(scheduler: Any, found: Mapping[str, Any]) -> EngineView:
+    """What the engine reports; `found` are its `sequences`. Sequences in flight are left out: no step can name them yet."""
     waiting, running, finished, cached = [], [], [], []
-    for request, seq in _sequences(scheduler, names):
+    for request, seq in found.items():
         status = seq.status.name
         if status == "LOCKED":
             continue
@@ -90,12 +89,6 @@ def view_of(scheduler: Any, names: Names) -> EngineView:
     free[WORKER, HOST] = int(manager.get_num_free_cpu_blocks())
     in_order = tuple(seen for _, seen in sorted(waiting, key=lambda pair: pair[0]))
     return EngineView(in_order, tuple(running), tuple(finished), tuple(cached), free)
-
-
-def _sequences(scheduler: Any, names: Names) -> Iterator[tuple[str, Any]]:
-    for session in scheduler.sessions.values():
-        for seq in session.sequences.values():
-            yield names.request(seq), seq
 
 
 def _request_view(request: str, seq: Any, finish: Finish | None) -> RequestView:

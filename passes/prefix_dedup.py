@@ -1,6 +1,7 @@
 """`prefix-dedup`: common subexpression elimination over KV."""
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -79,10 +80,13 @@ class PrefixDedup(Pass):
         if not kept:
             return graph, False
         sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
-        sharing.visit(topological(graph.nodes, _ranks(graph, order)))
+        nodes = topological(graph.nodes, _ranks(graph, order))
+        sharing.visit(nodes)
         if not sharing.changed:
             return graph, False
-        return finish(graph, sharing.nodes, sharing.gone, sharing.idle), sharing.again
+        ordered = nodes is graph.nodes
+        shared = finish(graph, sharing.nodes, sharing.gone, sharing.idle, ordered=ordered)
+        return shared, sharing.again
 
     def _worth_it(self, tree: "RadixTree", cost: CostModel) -> list[int]:
         """The boundaries to keep, in leaders' order. Followers of others go to the one above."""
@@ -138,6 +142,8 @@ class _Sharing:
     again: bool = False
     """Whether an edge between requests was taken away."""
 
+    counts: Counter[str] = field(factory=Counter)
+
     names: Names = field(init=False)
     copied: set[str] = field(init=False)
 
@@ -147,28 +153,26 @@ class _Sharing:
 
     def visit(self, nodes: Sequence[IRNode]) -> None:
         """Rewrites nodes."""
-        parts, gone = self.cuts.parts, self.gone
+        parts, gone, waits, take = self.cuts.parts, self.gone, self.waits, self.nodes.append
         for node in nodes:
-            if isinstance(node, AllReduce):
-                continue
             if gone and not gone.keys().isdisjoint(node.operands):
                 self.again = True
-            if not isinstance(node, _PROMPT) or node.request not in parts:
-                self.nodes.append(node)
-                continue
-            low, high = parts[node.request]
-            if node.after or self.waits:
-                self.wait(node)
-            if not isinstance(node, KVMigrate) and self.rewritable(node):
-                self.share(node, low, high)
-            else:
-                self.keep(node, low, high)
+            if isinstance(node, _PROMPT) and node.request in parts:
+                low, high = parts[node.request]
+                if node.after or waits:
+                    self.wait(node)
+                if not isinstance(node, KVMigrate) and self.rewritable(node):
+                    self.share(node, low, high)
+                else:
+                    self.keep(node, low, high)
+            elif not isinstance(node, AllReduce):
+                take(node)
+        for what, number in self.counts.items():
+            self.ctx.count(what, number)
 
     def rewritable(self, node: Prefill | KVFetch) -> bool:
         """Whether it computes or pins a part of the prompt, and no move copies that."""
-        if node.name in self.copied:
-            return False
-        return isinstance(node, Prefill) or node.source is None
+        return node.name not in self.copied and (isinstance(node, Prefill) or node.source is None)
 
     def wait(self, node: KVNode) -> None:
         """Notes the order edges of a node and its ancestors in its request."""
@@ -214,7 +218,7 @@ class _Sharing:
     def lead(self, node: Prefill | KVFetch, first: int, at: int) -> None:
         """Cuts a node at some cuts."""
         self.changed = True
-        self.ctx.count("prefixes led", at - first)
+        self.counts["prefixes led"] += at - first
         names = self.names.numbered(f"{node.name}.s")
         pieces = split(node, self.cuts.stops[first:at], names, self.by)
         self.nodes += pieces
@@ -236,10 +240,13 @@ class _Sharing:
         """Notes that `[node.start, until)` is taken from another request, and that a node no
         longer needs its ancestors."""
         self.changed = True
-        self.ctx.count(what)
+        counts = self.counts
+        counts[what] += 1
         if isinstance(node, Prefill):
-            self.ctx.count("tokens saved", until - node.start)
-        prefix = self.graph.by_name.get(node.prefix or "") if node.start else None
+            counts["tokens saved"] += until - node.start
+        if not node.start:
+            return
+        prefix = self.graph.by_name.get(node.prefix or "")
         while isinstance(prefix, KVNode) and prefix.name not in self.idle:
             if prefix.request != node.request:
                 self.again = True

@@ -196,7 +196,12 @@ def _kahn(nodes: list[IRNode]) -> list[IRNode]:
 
 
 def finish(
-    graph: IRGraph, nodes: Iterable[IRNode], gone: Gone | None = None, idle: Collection[str] = ()
+    graph: IRGraph,
+    nodes: Iterable[IRNode],
+    gone: Gone | None = None,
+    idle: Collection[str] = (),
+    *,
+    ordered: bool = False,
 ) -> IRGraph:
     """The graph with its nodes exchanged for `nodes`, near the places they had, and with the
     collectives that these need.
@@ -207,12 +212,15 @@ def finish(
             just before the old one they were made from.
         gone: what users of a node that is not among `nodes` are to use.
         idle: nodes to leave out if nothing uses them any more.
+        ordered: whether `nodes` stand in the order of the graph already.
     """
     gone = _resolve(gone or {})
     kept = [_redirect(node, gone) for node in nodes] if gone else list(nodes)
     if idle:
         kept = _without(kept, idle)
     placed = _with_collectives(graph, kept, gone)
+    if ordered and placed is kept:
+        return graph.replace(nodes=tuple(kept))
     old = {node.name: i for i, node in enumerate(graph.nodes)}
     ranks = [old.get(node.name, -1) for node in placed]
     place = len(old)

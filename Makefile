@@ -31,6 +31,14 @@ $(VENV)/.ready: pyproject.toml Makefile
 	fi
 	@touch $@
 
+# The Python part of the pinned LMDeploy, to test the patches and the adapter on. Without it they are skipped, and say so.
+build/lmdeploy/.ready: tests/lmdeploy/requirements.txt third_party/lmdeploy.VERSION $(VENV)/.ready
+	@{ UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --python $(BIN)/python --no-deps \
+	        --target build/lmdeploy/site -r tests/lmdeploy/requirements.txt || \
+	    $(BIN)/python -m pip install -q --no-deps --target build/lmdeploy/site -r tests/lmdeploy/requirements.txt; } && \
+	$(BIN)/python -c "from sagellm_ir.runtime.engines.lmdeploy.source import BUILD, fetch_wheel; fetch_wheel(BUILD)" && \
+	touch $@ || echo "LMDeploy cannot be had; its tests are skipped" >&2
+
 demo: setup  ## Compile a small set of requests, show IR and plan, run it on SmolLM2-135M.
 	@$(BIN)/python examples/demo.py
 
@@ -43,7 +51,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup
+unit: setup build/lmdeploy/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
 

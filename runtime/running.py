@@ -7,6 +7,7 @@ from attrs import define, field, frozen
 
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import Finish, InferenceBackend, TokenEvent
+from sagellm_ir.runtime.planner import PlanCursor
 
 __all__ = ["Answer", "RunReport", "run_plan"]
 
@@ -91,11 +92,10 @@ def run_plan(
     for request in plan.requests:
         engine.submit(request, request.sampling)
     began = time.perf_counter()
-    for step in plan.steps:
-        for event in engine.step(step):
-            _record(answers[event.request], event, time.perf_counter() - began)
-            if on_token:
-                on_token(event)
+    for event in engine.stream(PlanCursor(plan)):
+        _record(answers[event.request], event, time.perf_counter() - began)
+        if on_token:
+            on_token(event)
     seconds = time.perf_counter() - began
     for request in plan.requests:
         engine.release(request.id)

@@ -1,5 +1,7 @@
 """Live ranges: a scheduled graph as flat lists by node index."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 from attrs import frozen
@@ -49,23 +51,27 @@ class Live:
         """
         target, steps = self.graph.target, len(self.graph.loops)
         tiers, workers = len(target.tiers), len(target.workers)
-        tier, first, last = np.array(self.tier), np.array(self.step), np.array(self.last)
+        tier, first, last = map(_ints, (self.tier, self.step, self.last))
         rows: npt.NDArray[np.int64] = np.flatnonzero(tier >= 0)
         first[self.pins] = 0
         tier, first, last = tier[rows], first[rows], last[rows]
         if self.cached:
-            more = np.array(list(self.cached))
+            more = _ints(self.cached)
             rows = np.concatenate((rows, more))
-            tier = np.concatenate((tier, list(self.cached.values())))
+            tier = np.concatenate((tier, _ints(self.cached.values())))
             first = np.concatenate((first, np.zeros_like(more)))
-            last = np.concatenate((last, np.array(self.step)[more]))
-        place = (tier * workers + np.array(self.worker)[rows]) * (steps + 1)
-        blocks, count = np.array(self.blocks)[rows], tiers * workers * (steps + 1)
+            last = np.concatenate((last, _ints(self.step)[more]))
+        place = (tier * workers + _ints(self.worker)[rows]) * (steps + 1)
+        blocks, count = _ints(self.blocks)[rows], tiers * workers * (steps + 1)
         changes = np.bincount(place + first, blocks, count)
         changes -= np.bincount(place + last + 1, blocks, count)
         held = changes.reshape(tiers, workers, -1).cumsum(axis=2)
         peaks: npt.NDArray[np.int64] = held.max(axis=2, initial=0).astype(np.int64)
         return peaks
+
+
+def _ints(values: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.array(list(values), dtype=np.int64)
 
 
 def flatten(graph: IRGraph) -> Live:

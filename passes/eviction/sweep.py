@@ -242,7 +242,8 @@ class Sweep:
         live = self.live
         if not self.resident[value] or self.active[value] or self.children[value]:
             return
-        if live.last[value] < step or self.protected.get(value, -1) >= step:
+        started = live.step[value] < step  # a hit that waits for its fetch is copied by nobody yet
+        if live.last[value] < step or (started and self.protected.get(value, -1) >= step):
             return
         uses = self.uses[value]
         while uses[0][0] < step:

@@ -38,7 +38,7 @@ from sagellm_ir.passes.registry import find_pass
 from sagellm_ir.text import parse_graph, print_graph
 from sagellm_ir.verify import verify
 
-GOALS = {"parse": 3.0, "print": 5.0, "verify": 5.0, "share": 1.0}
+GOALS = {"parse": 3.0, "print": 5.0, "verify": 5.0, "dedup": 5.0}
 """How many times faster than xDSL each row should be."""
 
 SHARED, TAIL, ANSWER = 512, 28, 32
@@ -122,8 +122,10 @@ def seconds(prepare: Callable[[], Any], run: Callable[[Any], object]) -> float:
     subject = prepare()
     gc.collect()
     start = time.process_time()
-    run(subject)
-    return time.process_time() - start
+    result = run(subject)
+    elapsed = time.process_time() - start
+    del result  # taking a result apart again is not part of the job
+    return elapsed
 
 
 def _xdsl_context() -> Context:
@@ -153,7 +155,7 @@ def measure(ops: int, repeat: int) -> list[Row]:
             (lambda: graph.replace(), verify),
             (lambda: module, lambda op: op.verify()),
         ),
-        "share": (
+        "dedup": (
             # Without cyclic collections, as the pass manager runs passes.
             (lambda: built, no_collections()(lambda subject: dedup.run(subject, PassContext()))),
             (module.clone, lambda op: cse.apply(context, op)),

@@ -1,6 +1,6 @@
 """`IRGraph` -> text. See `docs/architecture.md` for a sample and `grammar_v1.lark` for the syntax."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from operator import attrgetter
@@ -23,17 +23,19 @@ from sagellm_ir.text.syntax import (
 __all__ = ["node_text", "print_graph"]
 
 
-class _Names(dict[str, str]):
-    """Names as the text shows them, each looked at once."""
-
-    def __missing__(self, name: str) -> str:
-        self[name] = text = format_name(name)
-        return text
+Quoted = Mapping[str, str]
+"""The names that need quotes, and how the text shows them. Nearly always there are none."""
 
 
-def _names_of(graph: IRGraph) -> _Names:
-    names = [node.name for node in graph.nodes] + [request.id for request in graph.requests]
-    return _Names(zip(names, names, strict=True) if are_simple(names) else ())
+def _quoted(names: Sequence[str]) -> Quoted:
+    if are_simple(names):
+        return {}
+    return {name: text for name in names if (text := format_name(name)) != name}
+
+
+def _names_of(node: IRNode) -> list[str]:
+    own = [node.request] if isinstance(node, KVNode) else []
+    return [node.name, *own, *node.operands, *node.after]
 
 
 def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:
@@ -43,14 +45,16 @@ def print_graph(graph: IRGraph, *, provenance: bool = False) -> str:
         graph: what to print.
         provenance: end node lines with `// loc: ... origin: ...`, where these are known.
     """
-    names = _names_of(graph)
+    names = [node.name for node in graph.nodes]
+    names += [request.id for request in graph.requests]
+    quoted = _quoted(names)
     stage = format_value(graph.stage, "str")
     lines = [
         f"sagellm_ir {TEXT_VERSION}\n\n",
         f"graph @{format_name(graph.name)} {{stage = {stage}}} {{\n",
     ]
-    declarations = list(_declarations(graph, names))
-    nodes = [node_text(node, names) for node in graph.nodes]
+    declarations = list(_declarations(graph, quoted))
+    nodes = [node_text(node, quoted) for node in graph.nodes]
     if provenance:
         nodes = [
             f"{text}{_provenance(node)}" for text, node in zip(nodes, graph.nodes, strict=True)
@@ -64,20 +68,31 @@ def _indented(lines: list[str]) -> str:
     return f"  {inner}\n"
 
 
-def node_text(node: IRNode, names: dict[str, str] | None = None) -> str:
-    """One node as text, without a line end. `names` caches how names are written."""
-    names = _Names() if names is None else names
+def node_text(node: IRNode, quoted: Quoted | None = None) -> str:
+    """One node as text, without a line end. `quoted` holds the names that need quotes."""
+    if quoted is None:
+        quoted = _quoted(_names_of(node))
     span = operands = after = ""
+    name = node.name
+    if quoted:
+        name = quoted.get(name, name)
     if isinstance(node, KVNode):
-        span = f" @{names[node.request]}[{node.start}:{node.stop}]"
-    if values := node.operands:
-        one = len(values) == 1
-        inner = names[values[0]] if one else ", %".join(map(names.__getitem__, values))
-        operands = f"(%{inner})"
+        request = node.request
+        if quoted:
+            request = quoted.get(request, request)
+        span = f" @{request}[{node.start}:{node.stop}]"
+    if node.operands:
+        operands = f"(%{_listed(node.operands, quoted)})"
     if node.after:
-        after = f" after %{', %'.join(map(names.__getitem__, node.after))}"
-    head = f"%{names[node.name]} = {node.kind}"
-    return f"{head}{span}{operands}{_block(node)}{after} : {node.type}"
+        after = f" after %{_listed(node.after, quoted)}"
+    return f"%{name} = {node.kind}{span}{operands}{_block(node)}{after} : {node.type}"
+
+
+def _listed(names: tuple[str, ...], quoted: Quoted) -> str:
+    """`a, %b, %c`"""
+    if quoted:
+        names = tuple(quoted.get(name, name) for name in names)
+    return names[0] if len(names) == 1 else ", %".join(names)
 
 
 def _block(owner: Any) -> str:
@@ -120,33 +135,34 @@ def _provenance(node: IRNode) -> str:
     return f"  // {' '.join(notes)}" if notes else ""
 
 
-def _declarations(graph: IRGraph, names: _Names) -> Iterator[str]:
+def _declarations(graph: IRGraph, quoted: Quoted) -> Iterator[str]:
     target, default = graph.target, Target()
     for keyword, value, usual in (
         ("target", target, default),
         ("model", target.model, default.model),
         ("device", target.device, default.device),
     ):
-        line = _declaration(keyword, value, names)
-        if line != _declaration(keyword, usual, names):
+        line = _declaration(keyword, value)
+        if line != _declaration(keyword, usual):
             yield line
     if target.tiers != default.tiers:
-        yield from (_declaration("tier", tier, names) for tier in target.tiers)
+        yield from (_declaration("tier", tier) for tier in target.tiers)
     if target.workers != default.workers:
-        yield from (_declaration("worker", worker, names) for worker in target.workers)
-    yield from (_declaration("cache", cached, names) for cached in graph.cache)
+        yield from (_declaration("worker", worker) for worker in target.workers)
+    yield from (_declaration("cache", cached) for cached in graph.cache)
     for request in graph.requests:
-        yield f"request @{names[request.id]}{_block(request)}"
+        name = quoted.get(request.id, request.id)
+        yield f"request @{name}{_block(request)}"
     if graph.loops:
         runs = ((loops, sum(1 for _ in run)) for loops, run in groupby(graph.loops))
         yield f"steps [{', '.join(f'{loops}x{count}' for loops, count in runs)}]"
 
 
-def _declaration(keyword: str, value: Any, names: _Names) -> str:
+def _declaration(keyword: str, value: Any) -> str:
     """`keyword @name {key = value, ...}`; the first field of a declaration is its name."""
     cls: type = type(value)
-    name = getattr(value, _name_field(cls))
-    return f"{keyword} @{names[name]}{_block(value)}"
+    name = format_name(getattr(value, _name_field(cls)))
+    return f"{keyword} @{name}{_block(value)}"
 
 
 @cache

@@ -109,24 +109,22 @@ def format_value(value: Any, type_name: str) -> str:
     if type_name == "str":
         return value if _BARE.fullmatch(value) else json.dumps(value)
     if type_name == "ints":
-        return f"[{', '.join(_runs(value))}]"
+        return f"[{_runs(value)}]"
     return repr(float(value)) if type_name == "float" else str(value).lower()
 
 
-def _runs(values: tuple[int, ...]) -> list[str]:
+def _runs(values: tuple[int, ...]) -> str:
     """Integers with every ascending run of three or more written `first:last+1`."""
-    if not values:
-        return []
-    ends = [i for i, gap in enumerate(map(sub, values[1:], values), 1) if gap != 1]
-    ends.append(len(values))
+    gaps = tuple(map(sub, values[1:], values))
+    last = len(gaps)
+    if last > 2 and gaps[-1] != 1 and gaps.count(1) == last - 1:
+        # Most prompts: what is shared, then a block of their own. Hot.
+        return f"{values[0]}:{values[0] + last}, {values[last]}"
+    starts = [0, *(i for i, gap in enumerate(gaps, 1) if gap != 1)] if values else []
     parts: list[str] = []
-    start = 0
-    for stop in ends:
+    for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
         if stop - start > 2:
             parts.append(f"{values[start]}:{values[start] + stop - start}")
-        elif stop - start == 1:
-            parts.append(str(values[start]))
         else:
             parts += map(str, values[start:stop])
-        start = stop
-    return parts
+    return ", ".join(parts)

@@ -69,7 +69,7 @@ def show(name: str, requests: list[Request], result: dict[str, Phases]) -> None:
     table.add_column("ms", justify="right")
     for phase, seconds in result["seconds"].items():
         table.add_row(phase, f"{seconds * 1e3:.1f}", style="bold" if phase == "total" else "")
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def plot(sizes: list[int], totals: list[float], path: Path) -> None:
@@ -98,16 +98,18 @@ def main() -> None:
     parser.add_argument("--sizes", default="1000,3000,10000", help="random workloads to compile")
     parser.add_argument("--pipeline", default="O2")
     parser.add_argument("--target", default="h200")
+    parser.add_argument("--mixed", action="store_true", help="let a step hold prefills and decodes")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     parser.add_argument("--plot", type=Path, help="write the growth as a picture")
     parser.add_argument("--json", type=Path, help="write all figures")
     arguments = parser.parse_args()
-    target = load_target(arguments.target, block_size=512)
+    overrides = {"mixed": True} if arguments.mixed else {}
+    target = load_target(arguments.target, block_size=512, **overrides)
     report: dict[str, object] = {
         "machine": describe("attrs", "numpy"),
         "pipeline": arguments.pipeline,
-        "target": target.name,
+        "target": f"{target.name}, {'mixed' if target.mixed else 'unmixed'} steps",
         "seed": arguments.seed,
     }
     Console(stderr=True).print(report, highlight=False)

@@ -56,8 +56,8 @@ class IRNode:
 
     @property
     def type(self) -> str:
-        """The type of the result, as the text shows it."""
-        raise NotImplementedError(f"node kind {self.kind!r} defines no result type")
+        """The type of the result, as the text shows it; by default one of the kind's own."""
+        return self.kind
 
     def replace(self: Node, **changes: Any) -> Node:
         """A copy of this node with some fields changed."""

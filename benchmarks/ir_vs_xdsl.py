@@ -6,7 +6,7 @@ Both get as many operations, in groups of ten. xDSL: four operations, the same f
 uses all eight, and a dead one (dialects `arith` and `test`). Ours: a prefix of two prefills that
 four requests share, and a prefill and a decode of each. The last row is each one's way to share
 work: prefix-dedup of whole prompts here, common-subexpression elimination there. Runs alternate, in
-one process, with the garbage collector on; the best of each counts. Times are CPU seconds of the
+one process, with the cyclic collector off for both; the best of each counts. Times are CPU seconds of the
 process, which a busy machine disturbs less; both run in one thread.
 """
 
@@ -30,7 +30,6 @@ from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.transforms.common_subexpression_elimination import CommonSubexpressionElimination
 
-from sagellm_ir.collecting import no_collections
 from sagellm_ir.graph import IRGraph, RequestDecl
 from sagellm_ir.nodes import Decode, IRNode, Prefill
 from sagellm_ir.passes.base import PassContext
@@ -121,9 +120,11 @@ def seconds(prepare: Callable[[], Any], run: Callable[[Any], object]) -> float:
     """CPU time of one run; preparing it is not timed."""
     subject = prepare()
     gc.collect()
+    gc.disable()  # for both: how often it runs depends on what else is in memory
     start = time.process_time()
     result = run(subject)
     elapsed = time.process_time() - start
+    gc.enable()
     del result  # taking a result apart again is not part of the job
     return elapsed
 
@@ -156,8 +157,7 @@ def measure(ops: int, repeat: int) -> list[Row]:
             (lambda: module, lambda op: op.verify()),
         ),
         "dedup": (
-            # Without cyclic collections, as the pass manager runs passes.
-            (lambda: built, no_collections()(lambda subject: dedup.run(subject, PassContext()))),
+            (lambda: built, lambda subject: dedup.run(subject, PassContext())),
             (module.clone, lambda op: cse.apply(context, op)),
         ),
     }

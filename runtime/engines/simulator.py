@@ -14,7 +14,6 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
 from sagellm_ir.request import Sampling
 from sagellm_ir.runtime.backend import (
-    Capability,
     EngineStats,
     EngineView,
     Finish,
@@ -22,6 +21,7 @@ from sagellm_ir.runtime.backend import (
     RequestView,
     TokenEvent,
 )
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.runtime.simulation import RequestReport, SimulationReport
 from sagellm_ir.target import DEVICE, Target
 
@@ -80,9 +80,10 @@ class SimulatorEngine:
         self._move_seconds = 0.0
 
     @property
-    def capability(self) -> Capability:
+    def capability(self) -> CapabilityDescriptor:
         """Everything."""
-        return Capability("simulator", tiers=tuple(t.name for t in self.target.tiers), max_tp=1024)
+        tiers = tuple(tier.name for tier in self.target.tiers)
+        return CapabilityDescriptor("simulator", device="virtual", tiers=tiers, max_tp=1024)
 
     def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
         """Make a request known.

@@ -4,15 +4,15 @@ from attrs import fields
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PlanRequest
-from sagellm_ir.runtime.backend import Capability
 from sagellm_ir.runtime.engines.embedded.model import CausalLM
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.target import DEVICE, ModelSpec, Target
 
 __all__ = ["check_request", "check_target"]
 
 
 def check_target(
-    target: Target, model: CausalLM, capability: Capability, within: Target | None = None
+    target: Target, model: CausalLM, capability: CapabilityDescriptor, within: Target | None = None
 ) -> None:
     """Raise `SageIRError` unless a model can run a target, inside the pool of `within` if given."""
     found = model.spec

@@ -10,7 +10,6 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVFree, KVMove, PlanRequest, PlanStep
 from sagellm_ir.request import Sampling
 from sagellm_ir.runtime.backend import (
-    Capability,
     EngineStats,
     EngineView,
     PlanSource,
@@ -22,6 +21,7 @@ from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
+from sagellm_ir.runtime.protocols import DEVICE_KINDS, CapabilityDescriptor
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["EmbeddedEngine"]
@@ -54,9 +54,9 @@ class EmbeddedEngine:
 
     def __init__(self, model: CausalLM, target: Target, *, stop_at_eos: bool = True) -> None:
         """`stop_at_eos=False` generates to the planned length, as benchmarks need."""
-        check_target(target, model, self.capability)
         self.model = model
         self.target = target
+        check_target(target, model, self.capability)
         self._eos = frozenset(model.config.eos if stop_at_eos else ())
         self._workers = {
             worker.name: WorkerMemory(worker.name, model.config, target, model.dtype, model.device)
@@ -67,9 +67,15 @@ class EmbeddedEngine:
         self._stats = EngineStats()
 
     @property
-    def capability(self) -> Capability:
+    def capability(self) -> CapabilityDescriptor:
         """See `InferenceBackend`. Tiers other than `device` lie in host memory, of any name."""
-        return Capability(engine="embedded", max_model_len=None)
+        device = self.model.device.type
+        return CapabilityDescriptor(
+            "embedded",
+            device=device if device in DEVICE_KINDS else "cpu",
+            dtypes=("float32", "bfloat16", "float16"),
+            max_model_len=self.model.config.max_position,
+        )
 
     def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
         """Make a request known.

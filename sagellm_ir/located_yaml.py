@@ -1,18 +1,19 @@
 """`LocatedYAML`: a YAML file that knows the line of each field, and fills attrs classes strictly."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import GenericAlias
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from attrs import fields
+from attrs import Attribute, fields
 from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.nodes import Location
 
-__all__ = ["LocatedYAML", "Where"]
+__all__ = ["LocatedYAML", "Where", "one_of", "yaml_value"]
 
 _MOST_BYTES = 1 << 20
 
@@ -23,6 +24,38 @@ Where = tuple[str | int, ...]
 
 class _BadValue(ValueError):
     """A value of the wrong type."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for its many booleans: a bare `off`, `no` or `y` is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def yaml_value(text: str | bytes) -> Any:
+    """What a YAML text means; raises `yaml.YAMLError` or `ValueError` when it is none."""
+    return yaml.load(text, _Loader)
+
+
+def one_of(known: Iterable[str]) -> Callable[[Any, "Attribute[Any]", Any], None]:
+    """A validator for texts that takes one of a few, and suggests the nearest."""
+    names = tuple(known)
+
+    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+        if value not in names:
+            expected = ", ".join(names)
+            hint = suggest(str(value), names) if value else ""
+            hint = f"; {hint}" if hint.startswith("did") else ""
+            raise ValueError(f"'{attribute.name}' expected one of {expected}; got {value!r}{hint}")
+
+    return check
 
 
 def _integer(value: Any, _: type) -> int:
@@ -62,7 +95,24 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True)
     for cls, hook in ((int, _integer), (float, _number), (str, _text), (bool, _boolean)):
         converter.register_structure_hook(cls, hook)
+    converter.register_structure_hook_factory(_is_tuple, lambda cls: _tuple_hook(converter, cls))
     return converter
+
+
+def _is_tuple(cls: Any) -> bool:
+    return get_origin(cls) is tuple
+
+
+def _tuple_hook(converter: Converter, cls: Any) -> Callable[[Any, Any], Any]:
+    """Only a list will do: a text can be iterated too."""
+    items: Any = GenericAlias(list, get_args(cls)[:1])
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise _BadValue(f"expected a list, got {value!r}")
+        return tuple(converter.structure(value, items))
+
+    return structure
 
 
 _CONVERTER = _converter()
@@ -74,6 +124,7 @@ class LocatedYAML:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: dict[Where, Location | None] = {}
+        self._sources: dict[Where, str] = {}
         try:
             with path.open("rb") as stream:
                 data = stream.read(_MOST_BYTES + 1)
@@ -83,14 +134,14 @@ class LocatedYAML:
         if len(data) > _MOST_BYTES:
             raise SageIRError(Diagnostic(f"{path} is larger than {_MOST_BYTES} bytes"))
         try:
-            for event in yaml.parse(data, yaml.SafeLoader):
+            for event in yaml.parse(data, _Loader):
                 # A few aliases of aliases can stand for a billion values.
                 if isinstance(event, yaml.AliasEvent):
                     message = "aliases (*name) are not supported"
                     raise SageIRError(Diagnostic(message, self._loc(event)))
-            tree = yaml.compose(data, yaml.SafeLoader)
+            tree = yaml.compose(data, _Loader)
             self._index(tree, ())
-            self.values = yaml.safe_load(data)
+            self.values = yaml_value(data)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             loc = Location(str(path), mark.line + 1, mark.column + 1) if mark else None
@@ -126,7 +177,8 @@ class LocatedYAML:
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
         loc = self.lines.get(where) or (self.lines.get(where[:-1]) if missing else None)
         text = f"{name[1:]}: {message}" if name else message
-        return Diagnostic(text if loc else f"{self.path.stem}: {text}", loc, help=help_)
+        source = self._sources.get(where, self.path.stem)
+        return Diagnostic(text if loc else f"{source}: {text}", loc, help=help_)
 
     def forget(self, overrides: Mapping[str, Any], where: Where = ()) -> None:
         """Overridden fields are not what the file says, so no message may point there."""
@@ -134,6 +186,11 @@ class LocatedYAML:
             self.lines.pop((*where, name), None)
             if isinstance(value, Mapping):
                 self.forget(value, (*where, name))
+
+    def override(self, where: Where, source: str) -> None:
+        """The field at `where` comes from elsewhere: messages name `source` instead of a line."""
+        self.lines = {at: loc for at, loc in self.lines.items() if at[: len(where)] != where}
+        self._sources[where] = source
 
     def fail(self, where: Where, message: str, help_: str = "") -> NoReturn:
         """Raises the diagnostic."""

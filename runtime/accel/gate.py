@@ -1,11 +1,14 @@
 """`Gate`: whether reading a prefix node once for all its sequences pays."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
+
+if TYPE_CHECKING:
+    from sagellm_ir.runtime.accel.spec import AttentionSpec
 
 __all__ = ["Gate", "ceil_div"]
 
@@ -36,7 +39,7 @@ class Gate:
     programs: int = 132
     """SMs: a node with fewer tiles is cut along its keys to fill them."""
 
-    def saved(self, spec: AttentionSpec, queries: int, sequences: int, tokens: int) -> float:
+    def saved(self, spec: "AttentionSpec", queries: int, sequences: int, tokens: int) -> float:
         """Seconds a layer gains when `sequences` read `tokens` shared tokens together.
 
         Args:
@@ -54,7 +57,7 @@ class Gate:
         partials = 2 * cuts * queries * spec.heads * (spec.head_dim + 1) * 4
         return apart - together - partials / self.bandwidth - self.node
 
-    def tile_rows(self, spec: AttentionSpec, nodes: Sequence[tuple[int, int]]) -> int:
+    def tile_rows(self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
 
         def seconds(rows: int) -> float:
@@ -65,7 +68,7 @@ class Gate:
 
         return min(tile_heights(spec), key=seconds)
 
-    def _read(self, spec: AttentionSpec, tiles: int, rows: int, tokens: int) -> float:
+    def _read(self, spec: "AttentionSpec", tiles: int, rows: int, tokens: int) -> float:
         """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""
         traffic = tokens * spec.token_bytes * (1 / self.bandwidth + (tiles - 1) / self.reread)
         flops = 4.0 * tiles * rows * spec.kv_heads * spec.head_dim * tokens

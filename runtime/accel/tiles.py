@@ -1,8 +1,12 @@
 """Tile shapes of `attend`, and how many of its programs an SM holds."""
 
+from typing import TYPE_CHECKING
+
 from attrs import frozen
 
-from sagellm_ir.runtime.accel.spec import AttentionSpec
+if TYPE_CHECKING:
+    from sagellm_ir.runtime.accel.spec import AttentionSpec
+
 
 __all__ = ["Tile", "tile_for", "tile_heights"]
 
@@ -26,7 +30,7 @@ class Tile:
     """Registers per thread of the shared kernel, at most, in its plainest form: so few that a
     program with 16 private rows fits beside it. 0: as `registers`."""
 
-    def limit(self, spec: AttentionSpec, *, shared: bool) -> int:
+    def limit(self, spec: "AttentionSpec", *, shared: bool) -> int:
         """Registers per thread, at most, of one of the two kernels."""
         plain = spec.head_dim == 128 and spec.kv != "fp8" and spec.block_size % self.keys == 0
         return self.beside if shared and plain and self.beside else self.registers
@@ -61,7 +65,7 @@ _WIDE = (  # head_dim 256
 )
 
 
-def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
+def _tiles(spec: "AttentionSpec") -> tuple[Tile, ...]:
     if spec.head_dim > 128:
         return _WIDE if spec.kv == "native" else _WIDE[:2]
     if spec.head_dim <= 64:
@@ -72,12 +76,12 @@ def _tiles(spec: AttentionSpec) -> tuple[Tile, ...]:
     return (_ROOMY, *tiles[1:]) if roomy else tiles
 
 
-def tile_heights(spec: AttentionSpec) -> tuple[int, ...]:
+def tile_heights(spec: "AttentionSpec") -> tuple[int, ...]:
     """The tile heights there are, ascending."""
     return tuple(tile.rows for tile in _tiles(spec))
 
 
-def tile_for(spec: AttentionSpec, rows: int) -> Tile:
+def tile_for(spec: "AttentionSpec", rows: int) -> Tile:
     """The smallest tile that holds `rows` packed rows, or else the largest tile."""
     tiles = _tiles(spec)
     return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])

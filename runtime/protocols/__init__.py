@@ -5,5 +5,6 @@ from sagellm_ir.runtime.protocols.capability import (
     DOMESTIC,
     CapabilityDescriptor,
 )
+from sagellm_ir.runtime.protocols.kv_schema import KVCacheSchema, KVSchemaConfig
 
-__all__ = ["DEVICE_KINDS", "DOMESTIC", "CapabilityDescriptor"]
+__all__ = ["DEVICE_KINDS", "DOMESTIC", "CapabilityDescriptor", "KVCacheSchema", "KVSchemaConfig"]

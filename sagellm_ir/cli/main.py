@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sagellm_ir.cli import backend, explain, ir, patches, plan, run, schema
+from sagellm_ir.cli import backend, config, explain, ir, patches, plan, run, schema
 
 __all__ = ["app", "main"]
 
@@ -43,6 +43,7 @@ explain.add_to(app)
 app.add_typer(backend.app)
 app.add_typer(patches.app)
 app.add_typer(schema.app)
+app.add_typer(config.app)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "sagellm-ir") -> int:

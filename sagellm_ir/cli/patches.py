@@ -25,8 +25,9 @@ TargetTree = Annotated[
     typer.Option(
         "--target",
         metavar="DIR|installed",
-        help="A folder that holds lmdeploy/, or the installed distribution. Default: the submodule "
-        "when it is checked out, else the pinned wheel's Python files in build/lmdeploy.",
+        help="A folder that holds lmdeploy/, or the installed distribution. Default: `patches.target` of "
+        "the configuration, else the submodule when it is checked out, else the pinned wheel's "
+        "Python files in build/lmdeploy.",
     ),
 ]
 
@@ -56,7 +57,9 @@ def status(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
 
 
 def _run(action: "Callable[[str | None], PatchStatus]", target: str | None, as_json: bool) -> None:
-    found = action(target)
+    from sagellm_ir.runtime.config import load_config
+
+    found = action(target or load_config().patches.target)
     if as_json:
         data: dict[str, Any] = asdict(found)
         shared.emit_json(data | {"root": str(found.root)})

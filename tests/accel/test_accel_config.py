@@ -11,34 +11,34 @@ from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.runtime.accel import (
     AccelConfig,
     AttentionSpec,
-    load_accel,
     make_attention,
     unsupported,
     why_not,
 )
 from sagellm_ir.runtime.accel.attention import PrefixAttention
+from sagellm_ir.runtime.config import load_config
 
 SPEC = AttentionSpec(4, 2, 64, 16, torch.float16)
 
 
 def test_the_preset_is_the_default() -> None:
-    assert load_accel() == AccelConfig()
+    assert load_config(env={}).accel == AccelConfig()
 
 
 @pytest.mark.parametrize(
     ("text", "mode"),
-    [("accel: {mode: off}", "off"), ("accel: {mode: prefix_aware}", "prefix_aware"), ("x: 1", "auto")],
+    [("accel: {mode: off}", "off"), ("accel: {mode: prefix_aware}", "prefix_aware"), ("engine: {}", "auto")],
 )  # fmt: skip
 def test_modes(tmp_path: Path, text: str, mode: str) -> None:
     path = tmp_path / "sage.yaml"
     path.write_text(text)
-    assert load_accel(path).mode == mode
+    assert load_config(path, env={}).accel.mode == mode
 
 
 def test_measured_constants_come_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "sage.yaml"
     path.write_text("accel: {gate: {launch: 2.5e-6}}")
-    assert load_accel(path).gate.launch == 2.5e-6
+    assert load_config(path, env={}).accel.gate.launch == 2.5e-6
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_wrong_file_is_an_error_with_its_place(tmp_path: Path, text: str) -> N
     path = tmp_path / "sage.yaml"
     path.write_text(text)
     with pytest.raises(SageIRError, match=r"sage\.yaml:1"):
-        load_accel(path)
+        load_config(path, env={})
 
 
 def test_fallback_says_why_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,10 +13,12 @@ __all__ = [
     "SCALES",
     "KVCacheSchema",
     "KVSchemaConfig",
+    "kv_dtype_of",
 ]
 
 KV_DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
 """Types a KV element can be stored in, with their bytes."""
+_TORCH_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUANTISED = ("fp8_e4m3", "fp8_e5m2", "int8")
 SCALES = ("none", "token_head", "block")
 """What shares one scale: nothing has any; one token's K (or V) of one head; one block's of one head."""
@@ -122,9 +124,24 @@ class KVSchemaConfig:
         """The type KV is stored in.
 
         Args:
-            model_dtype: the model's own, as one of `KV_DTYPES`.
+            model_dtype: the model's own, by its torch name.
+
+        Raises:
+            SageIRError: `auto`, and KV cannot be stored in the model's type.
         """
-        return self.dtype or PRESETS.get(self.preset, model_dtype)
+        return self.dtype or PRESETS.get(self.preset) or kv_dtype_of(model_dtype)
+
+
+def kv_dtype_of(model_dtype: str) -> str:
+    """The name in `KV_DTYPES` of a type with this torch name.
+
+    Raises:
+        SageIRError: it is none of them.
+    """
+    if model_dtype not in _TORCH_NAMES:
+        message = f"KV cannot be stored as {model_dtype!r}"
+        raise SageIRError(Diagnostic(message, help=suggest(model_dtype, _TORCH_NAMES)))
+    return _TORCH_NAMES[model_dtype]
 
 
 def _spellings() -> list[str]:

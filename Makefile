@@ -39,6 +39,13 @@ build/lmdeploy/.ready: tests/lmdeploy/requirements.txt third_party/lmdeploy.VERS
 	$(BIN)/python -c "from sagellm_ir.runtime.engines.lmdeploy.source import BUILD, fetch_wheel; fetch_wheel(BUILD)" && \
 	touch $@ || echo "LMDeploy cannot be had; its tests are skipped" >&2
 
+# SAGE's Control Plane and gateway, to test against the real ones. Without them those tests are skipped, and say so.
+build/control-plane/.ready: pyproject.toml $(VENV)/.ready
+	@mkdir -p $(@D)
+	@{ UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --python $(BIN)/python -e ".[gateway]" || \
+	    $(BIN)/python -m pip install -q -e ".[gateway]"; } && \
+	touch $@ || echo "SAGE's Control Plane cannot be had; its tests are skipped" >&2
+
 demo: setup  ## Compile a small set of requests, show IR and plan, run it on SmolLM2-135M.
 	@$(BIN)/python examples/demo.py
 
@@ -51,7 +58,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup build/lmdeploy/.ready
+unit: setup build/lmdeploy/.ready build/control-plane/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
 

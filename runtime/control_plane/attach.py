@@ -1,0 +1,208 @@
+"""An engine that is served over HTTP, made known to a running gateway, and kept known.
+
+The contract is the gateway's management API, and needs none of its packages:
+
+    POST   /v1/management/engines/register   {engine_id, model_id, host, port, engine_kind, metadata}
+    GET    /v1/management/engines/{id}       200, or 404 when the gateway has lost it (a restart)
+    PATCH  /v1/management/engines/{id}       {state, queue_length, kv_cache_usage_bytes, ...}
+    DELETE /v1/management/engines/{id}
+
+PATCH is ours: gateways that `sagellm-ir gateway start` runs have it, a stock one answers 405. There
+a heartbeat is the GET, and an engine that drains deregisters at once, as the stock gateway has no
+other way to send it no more requests.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+from attrs import asdict, field, frozen
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
+
+__all__ = ["Attachment", "EngineRecord", "Figures", "engine_metadata"]
+
+ENGINES = "/v1/management/engines"
+DUPLICATE = 400
+GONE = 404
+NO_SUCH_METHOD = 405
+
+
+@frozen
+class EngineRecord:
+    """How a gateway reaches an engine, and what it should know of it."""
+
+    engine_id: str
+    model: str
+    host: str
+    port: int
+    kind: str = "llm"
+    """What the Control Plane routes chat to; the engine's own kind is in the metadata."""
+    metadata: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen
+class Figures:
+    """How busy an engine is: fields of the Control Plane's `EngineInfo`."""
+
+    active_requests: int = 0
+    queue_length: int = 0
+    kv_cache_usage_bytes: int = 0
+    kv_cache_capacity_bytes: int = 0
+
+
+def engine_metadata(
+    kind: str,
+    capability: CapabilityDescriptor,
+    *,
+    instance_type: str = "general",
+    kv_schema: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What an engine tells a Control Plane about itself, as plain data.
+
+    Args:
+        kind: "sagellm", "vllm", "lmdeploy", ...
+        capability: what it can run; its `device` is what accelerator preference looks at.
+        instance_type: "general", "prefilling" or "decoding".
+        kv_schema: the layout of its KV pages.
+    """
+    return {
+        "engine": kind,
+        "instance_type": instance_type,
+        "capability": asdict(capability),
+        "domestic_accelerator": capability.is_domestic,
+        "kv_schema": dict(kv_schema or {}),
+    }
+
+
+class Attachment:
+    """Keeps an engine registered with a gateway until `close`.
+
+    Args:
+        gateway: its base URL.
+        record: the engine.
+        figures: asked at every heartbeat.
+        interval: seconds between heartbeats.
+        api_key: sent as a bearer token.
+    """
+
+    def __init__(
+        self,
+        gateway: str,
+        record: EngineRecord,
+        *,
+        figures: Callable[[], Figures] = Figures,
+        interval: float = 5.0,
+        api_key: str | None = None,
+    ) -> None:
+        self.record = record
+        self.state = "STARTING"
+        self._figures, self._interval = figures, interval
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._gateway = gateway.rstrip("/")
+        self._http = httpx.AsyncClient(base_url=self._gateway, headers=headers, timeout=10.0)
+        self._beat: asyncio.Task[None] | None = None
+        self._patches = True
+
+    async def open(self) -> None:
+        """Register the engine, which is ready, and begin the heartbeat.
+
+        Raises:
+            SageIRError: the gateway cannot be reached, or refuses.
+        """
+        try:
+            await self._register()
+        except BaseException:
+            await self._http.aclose()
+            raise
+        self.state = "READY"
+        self._beat = asyncio.create_task(self._keep())
+
+    async def drain(self) -> None:
+        """Get no more requests; those under way may end."""
+        self.state = "DRAINING"
+        if not await self._patch():
+            await self._delete()
+
+    async def close(self) -> None:
+        """Deregister. A gateway that is gone is no error."""
+        self.state = "STOPPED"
+        if self._beat is not None:
+            self._beat.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._beat
+        await self._delete()
+        await self._http.aclose()
+
+    async def beat(self) -> None:
+        """One heartbeat: figures and state to the gateway; registers anew if it forgot us."""
+        if await self._patch():
+            return
+        path = f"{ENGINES}/{self.record.engine_id}"
+        if (await self._http.get(path)).status_code == GONE and self.state == "READY":
+            await self._register()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            # A gateway that is down for a while is met again at a later beat.
+            with contextlib.suppress(httpx.HTTPError, SageIRError):
+                await self.beat()
+
+    async def _register(self) -> None:
+        record = self.record
+        body = {
+            "engine_id": record.engine_id,
+            "model_id": record.model,
+            "host": record.host,
+            "port": record.port,
+            "engine_kind": record.kind,
+            "metadata": {**record.metadata, "pre_verified_healthy": True},
+        }
+        reply = await self._send("POST", f"{ENGINES}/register", body)
+        if reply.status_code == DUPLICATE and await self._known_here():
+            # From before a crash: what it says may be out of date.
+            await self._delete()
+            reply = await self._send("POST", f"{ENGINES}/register", body)
+        if reply.is_error:
+            raise SageIRError(
+                Diagnostic(
+                    f"the gateway at {self._gateway} refused engine {record.engine_id!r}: "
+                    f"{reply.status_code} {reply.text[:200]}"
+                )
+            )
+
+    async def _known_here(self) -> bool:
+        """Whether the gateway has an engine of this id at this engine's own address."""
+        known = await self._send("GET", f"{ENGINES}/{self.record.engine_id}")
+        if known.is_error:
+            return False
+        found = known.json()
+        return (found.get("host"), found.get("port")) == (self.record.host, self.record.port)
+
+    async def _patch(self) -> bool:
+        """Whether the gateway took the state and figures."""
+        if not self._patches:
+            return False
+        body = {"state": self.state, **asdict(self._figures())}
+        reply = await self._send("PATCH", f"{ENGINES}/{self.record.engine_id}", body)
+        self._patches = reply.status_code != NO_SUCH_METHOD
+        return reply.is_success
+
+    async def _delete(self) -> None:
+        with contextlib.suppress(SageIRError):
+            await self._send("DELETE", f"{ENGINES}/{self.record.engine_id}")
+
+    async def _send(self, method: str, path: str, body: object = None) -> httpx.Response:
+        try:
+            return await self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise SageIRError(
+                Diagnostic(
+                    f"no gateway answers at {self._gateway}: {error}",
+                    help="start one with `sagellm-ir gateway start`",
+                )
+            ) from None

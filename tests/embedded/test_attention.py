@@ -13,6 +13,7 @@ from sagellm_ir.runtime.engines.embedded.attention import (
     paged_attention,
     plan_parts,
 )
+from sagellm_ir.runtime.engines.embedded.pages import NativePages
 from sagellm_ir.runtime.engines.embedded.pool import BlockTable
 
 BLOCK, BLOCKS, HEADS, KV_HEADS, WIDTH = 4, 96, 6, 2, 8
@@ -109,7 +110,7 @@ def test_paged_equals_dense(
         patch.setattr(attention, "SHARE_TOKENS", limits[1])
         patch.setattr(attention, "TILE_ROWS", 3 if seed % 2 else 100)
         parts = plan_parts(rows, groups, BLOCKS * BLOCK, torch.device("cpu"))
-    found = paged_attention(query, key, value, cache, parts)
+    found = paged_attention(query, key, value, NativePages(cache), parts)
     expected = torch.cat([dense(row, query, key, value, cache) for row in rows])
     torch.testing.assert_close(found, expected)
 

@@ -9,6 +9,7 @@ from sagellm_ir.runtime.backend import TokenEvent
 from sagellm_ir.runtime.engines.embedded import CausalLM, EmbeddedEngine, ModelConfig
 from sagellm_ir.runtime.engines.embedded.attention import Part
 from sagellm_ir.runtime.engines.embedded.model import Batch
+from sagellm_ir.runtime.engines.embedded.pages import NativePages
 
 BLOCK = 4
 SEED = 3
@@ -44,7 +45,8 @@ def oracle(model: CausalLM, tokens: Sequence[int], new: int) -> list[int]:
         size = len(known)
         config = model.config
         cache = [
-            torch.zeros(2, config.kv_heads, size, config.head_dim) for _ in range(config.layers)
+            NativePages(torch.zeros(2, config.kv_heads, size, config.head_dim))
+            for _ in range(config.layers)
         ]
         index = torch.arange(size)
         part = Part(slice(0, size), fresh=slice(0, size), causal=True, first=True)

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from sagellm_ir.runtime.engines.embedded.ops import attend
+from sagellm_ir.runtime.engines.embedded.pages import Pages
 from sagellm_ir.runtime.engines.embedded.pool import BlockTable, Span
 
 __all__ = ["Part", "Row", "SharedSpan", "paged_attention", "plan_parts"]
@@ -74,17 +75,12 @@ class Part:
     first: bool = False
     """No part before this one wrote these rows."""
 
-    def keys_values(self, cache: Tensor) -> Tensor:
-        """(2, number, kv_heads, length, head_dim) out of a layer's (2, kv_heads, slots, head_dim)."""
+    def keys_values(self, pages: Pages) -> Tensor:
+        """(2, number, kv_heads, length, head_dim) out of a layer's pages."""
         if self.spans is not None:
-            slot, stride, number, length = self.spans
-            two, heads, token, one = cache.stride()
-            shape = (2, number, cache.shape[1], length, cache.shape[3])
-            strides = (two, stride * token, heads, token, one)
-            return torch.as_strided(cache, shape, strides, cache.storage_offset() + slot * token)
+            return pages.spans(*self.spans)
         assert self.index is not None
-        taken = cache.index_select(2, self.index.flatten())
-        return taken.view(*cache.shape[:2], *self.index.shape, -1).transpose(1, 2)
+        return pages.take(self.index)
 
 
 def plan_parts(
@@ -237,32 +233,32 @@ class _Planner:
 
 
 def paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: Tensor, parts: Sequence[Part]
+    query: Tensor, key: Tensor, value: Tensor, pages: Pages, parts: Sequence[Part]
 ) -> Tensor:
     """Attention of one layer.
 
     Args:
         query: (tokens, heads, head_dim).
-        key: (tokens, kv_heads, head_dim) of this forward, in the cache already.
+        key: (tokens, kv_heads, head_dim) of this forward, as `Pages.write` returned it.
         value: as `key`.
-        cache: (2, kv_heads, slots, head_dim).
+        pages: the layer's.
         parts: from `plan_parts`; together they cover every token.
 
     Returns:
         (tokens, heads * head_dim)
     """
     if len(parts) == 1 and isinstance(parts[0].rows, slice):
-        return _run(parts[0], query, key, value, cache, False)[0].flatten(1)
+        return _run(parts[0], query, key, value, pages, False)[0].flatten(1)
     merging = not all(part.first for part in parts)
     if not merging:
         whole = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for part in parts:
-            whole[part.rows] = _run(part, query, key, value, cache, False)[0]
+            whole[part.rows] = _run(part, query, key, value, pages, False)[0]
         return whole.flatten(1)
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     total = torch.full(query.shape[:2], float("-inf"), device=query.device)
     for part in parts:
-        new, weight = _run(part, query, key, value, cache, True)
+        new, weight = _run(part, query, key, value, pages, True)
         if not part.first:
             old = total[part.rows]
             both = torch.logaddexp(old, weight)
@@ -274,7 +270,7 @@ def paged_attention(
 
 
 def _run(
-    part: Part, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, merging: bool
+    part: Part, query: Tensor, key: Tensor, value: Tensor, pages: Pages, merging: bool
 ) -> tuple[Tensor, Tensor]:
     """One part: (rows, heads, head_dim) and, for merging, log-sum-exp (rows, heads)."""
     heads, width = query.shape[1:]
@@ -285,7 +281,7 @@ def _run(
         asked = asked.transpose(0, 1)[None]
         out, total = _call(asked, k, v, part.causal, part.mask, merging)
         return out[0].transpose(0, 1), total[0].T
-    k, v = part.keys_values(cache)
+    k, v = part.keys_values(pages)
     # The query heads of one KV head stand as rows of one product.
     packed = asked.view(rows, k.shape[1], -1, width)
     if not part.shared:

@@ -18,10 +18,16 @@ from sagellm_ir.runtime.backend import (
 from sagellm_ir.runtime.engines.embedded.attention import Row, SharedSpan, plan_parts
 from sagellm_ir.runtime.engines.embedded.checks import check_request, check_target
 from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
+from sagellm_ir.runtime.engines.embedded.quantise import CODECS
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
-from sagellm_ir.runtime.protocols import DEVICE_KINDS, CapabilityDescriptor
+from sagellm_ir.runtime.protocols import (
+    DEVICE_KINDS,
+    CapabilityDescriptor,
+    KVCacheSchema,
+    KVSchemaConfig,
+)
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["EmbeddedEngine"]
@@ -52,14 +58,25 @@ class EmbeddedEngine:
         SageIRError: the target asks for what the engine cannot do, or is for another model.
     """
 
-    def __init__(self, model: CausalLM, target: Target, *, stop_at_eos: bool = True) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        target: Target,
+        *,
+        stop_at_eos: bool = True,
+        kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    ) -> None:
         """`stop_at_eos=False` generates to the planned length, as benchmarks need."""
         self.model = model
         self.target = target
         check_target(target, model, self.capability)
+        stored = kv_schema.resolve(str(model.dtype).removeprefix("torch."))
+        self.kv_schema = KVCacheSchema.of(model.spec, target.block_size, stored)
         self._eos = frozenset(model.config.eos if stop_at_eos else ())
         self._workers = {
-            worker.name: WorkerMemory(worker.name, model.config, target, model.dtype, model.device)
+            worker.name: WorkerMemory(
+                worker.name, self.kv_schema, target, model.dtype, model.device
+            )
             for worker in target.workers
         }
         self._sequences: dict[str, Sequence] = {}
@@ -74,6 +91,7 @@ class EmbeddedEngine:
             "embedded",
             device=device if device in DEVICE_KINDS else "cpu",
             dtypes=("float32", "bfloat16", "float16"),
+            kv_dtypes=tuple(CODECS),
             max_model_len=self.model.config.max_position,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sagellm_ir.runtime.engines.embedded import ops
 from sagellm_ir.runtime.engines.embedded.attention import Part, paged_attention
 from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
+from sagellm_ir.runtime.engines.embedded.pages import Pages
 from sagellm_ir.runtime.engines.embedded.tokenizer import ModelTokenizer
 from sagellm_ir.runtime.engines.embedded.weights import WeightSource, tensor_shapes
 from sagellm_ir.target import ModelSpec
@@ -93,12 +94,12 @@ class CausalLM:
         return self.config.spec(self.dtype.itemsize)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: Sequence[Tensor]) -> Tensor:
+    def forward(self, batch: Batch, cache: Sequence[Pages]) -> Tensor:
         """Run a batch: its KV goes to the cache.
 
         Args:
             batch: the rows.
-            cache: per layer (2, kv_heads, slots, head_dim), see `KVPool.layers`.
+            cache: the pages of each layer, see `KVPool.layers`.
 
         Returns:
             (len(batch.last), vocab) logits in float32.
@@ -106,9 +107,9 @@ class CausalLM:
         angles = batch.positions[:, None, None] * self._frequencies
         turn = torch.polar(torch.ones_like(angles), angles)
         x = F.embedding(batch.ids, self._embedding)
-        for layer, kv in zip(self._layers[:-1], cache[:-1], strict=True):
+        for layer, pages in zip(self._layers[:-1], cache[:-1], strict=True):
             x = self._mlp(
-                layer, ops.linear_add(self._attention(layer, x, turn, kv, batch), layer.out, x)
+                layer, ops.linear_add(self._attention(layer, x, turn, pages, batch), layer.out, x)
             )
         # Of the last layer only the KV of all rows is needed, and the result of a few.
         layer = self._layers[-1]
@@ -122,7 +123,7 @@ class CausalLM:
         return F.rms_norm(x, (self.config.hidden,), weight, self.config.norm_eps)
 
     def _attention(
-        self, layer: _Layer, x: Tensor, turn: Tensor, cache: Tensor, batch: Batch
+        self, layer: _Layer, x: Tensor, turn: Tensor, pages: Pages, batch: Batch
     ) -> Tensor:
         """(tokens, heads * head_dim), before the output projection."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
@@ -130,10 +131,8 @@ class CausalLM:
         qkv = qkv.view(len(x), heads + 2 * kv_heads, self.config.head_dim)
         turned = ops.rotate(qkv[:, : heads + kv_heads], turn)
         query, key = turned[:, :heads], turned[:, heads:]
-        value = qkv[:, heads + kv_heads :]
-        cache[0].index_copy_(1, batch.slots, key.transpose(0, 1))
-        cache[1].index_copy_(1, batch.slots, value.transpose(0, 1))
-        return paged_attention(query, key, value, cache, batch.parts)
+        key, value = pages.write(batch.slots, key, qkv[:, heads + kv_heads :])
+        return paged_attention(query, key, value, pages, batch.parts)
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = self._normed(x, layer.mlp_norm)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
+from sagellm_ir.runtime.engines.embedded.pages import CodedPages, NativePages, Pages
+from sagellm_ir.runtime.engines.embedded.quantise import CODECS, Codec
+from sagellm_ir.runtime.protocols import KVCacheSchema
 from sagellm_ir.target import DEVICE
 
 __all__ = ["BlockTable", "KVPool", "Span"]
@@ -58,28 +60,40 @@ class BlockTable:
 class KVPool:
     """KV memory of one worker, taken once: nothing is allocated while requests run.
 
-    A tier is (layers, 2, kv_heads, blocks, block_size, head_dim). Blocks with neighbouring numbers
-    are neighbours in memory for each head, so a run of them is one attention operand without a
-    copy; a moved block is `layers * 2 * kv_heads` pieces of `block_size * head_dim` elements.
+    A tier is (layers, 2, kv_heads, blocks, block_size, head_dim), and, where codes have scales,
+    the same with one float32 instead of `head_dim` codes. Blocks with neighbouring numbers are
+    neighbours in memory for each head, so a run of them is one attention operand without a copy; a
+    moved block is `layers * 2 * kv_heads` pieces of `block_size * head_dim` elements.
+
+    Args:
+        schema: the model's, with the type elements are stored in.
+        tiers: blocks by name.
+        dtype: the model's own type.
+        device: of the tier `device`; the others lie in host memory.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        block_size: int,
+        schema: KVCacheSchema,
         tiers: Mapping[str, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.block_size = block_size
-        shape = (config.layers, 2, config.kv_heads, 1, block_size, config.head_dim)
+        self.block_size = schema.block_size
+        self.capacity = dict(tiers)
+        codec = CODECS[schema.dtype]
+        parts = [(schema.head_dim, codec.dtype), (1, torch.float32)][: 2 if codec.scaled else 1]
+        heads = (schema.layers, 2, schema.kv_heads)
         self._tiers = {
-            name: _zeros((*shape[:3], blocks, *shape[4:]), dtype, device, host=name != DEVICE)
+            name: [
+                _zeros((*heads, blocks, self.block_size, width), kind, device, host=name != DEVICE)
+                for width, kind in parts
+            ]
             for name, blocks in tiers.items()
         }
-        self.capacity = dict(tiers)
-        self.layers: list[Tensor] = list(self._tiers[DEVICE].flatten(3, 4).unbind(0))
-        """Per layer, (2, kv_heads, slots, head_dim) of the device tier."""
+        by_layer = zip(*(part.flatten(3, 4).unbind(0) for part in self._tiers[DEVICE]), strict=True)
+        self.layers: list[Pages] = [_pages(codec, list(parts), dtype) for parts in by_layer]
+        """The device tier, layer by layer."""
 
     def check(self, tier: str, blocks: Sequence[int]) -> None:
         """Raise `SageIRError` unless the tier exists and has these blocks."""
@@ -102,14 +116,25 @@ class KVPool:
         """Copy blocks, `src[i]` to `dst[i]`, to a tier of this or another worker's pool."""
         self.check(tier, src)
         to.check(to_tier, dst)
-        source, target = self._tiers[tier], to._tiers[to_tier]
-        if source is not target and _is_run(src) and _is_run(dst):
-            piece = source[:, :, :, src[0] : src[-1] + 1]
-            target[:, :, :, dst[0] : dst[-1] + 1].copy_(piece, non_blocking=True)
-            return
-        taken = source.index_select(3, torch.tensor(src, device=source.device))
-        index = torch.tensor(dst, device=target.device)
-        target.index_copy_(3, index, taken.to(target.device))
+        for source, target in zip(self._tiers[tier], to._tiers[to_tier], strict=True):
+            _copy_blocks(source, src, target, dst)
+
+
+def _pages(codec: Codec, parts: list[Tensor], dtype: torch.dtype) -> Pages:
+    """One layer of the device tier: its codes, and its scales if it has any."""
+    if codec.dtype == dtype:
+        return NativePages(parts[0])
+    return CodedPages(codec, parts[0], parts[1] if codec.scaled else None, dtype)
+
+
+def _copy_blocks(source: Tensor, src: Sequence[int], target: Tensor, dst: Sequence[int]) -> None:
+    if source is not target and _is_run(src) and _is_run(dst):
+        piece = source[:, :, :, src[0] : src[-1] + 1]
+        target[:, :, :, dst[0] : dst[-1] + 1].copy_(piece, non_blocking=True)
+        return
+    taken = source.index_select(3, torch.tensor(src, device=source.device))
+    index = torch.tensor(dst, device=target.device)
+    target.index_copy_(3, index, taken.to(target.device))
 
 
 def _is_run(blocks: Sequence[int]) -> bool:

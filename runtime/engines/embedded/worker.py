@@ -7,8 +7,8 @@ import torch
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import Bind, KVFree
 from sagellm_ir.runtime.backend import CachedPrefix
-from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
 from sagellm_ir.runtime.engines.embedded.pool import BlockTable, KVPool
+from sagellm_ir.runtime.protocols import KVCacheSchema
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["WorkerMemory"]
@@ -20,14 +20,14 @@ class WorkerMemory:
     def __init__(
         self,
         name: str,
-        config: ModelConfig,
+        schema: KVCacheSchema,
         target: Target,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.name = name
         tiers = {tier.name: tier.blocks for tier in target.tiers}
-        self.pool = KVPool(config, target.block_size, tiers, dtype, device)
+        self.pool = KVPool(schema, tiers, dtype, device)
         self.tables: dict[str, BlockTable] = {}
         self._held: dict[str, dict[int, int]] = {tier: {} for tier in tiers}
         """By tier and block, a number that is new each time the block starts to hold something."""

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attrs import fields
 from cattrs import Converter, ForbiddenExtraKeysError, transform_error
-from cattrs.gen import make_dict_unstructure_fn
+from cattrs.gen import make_dict_unstructure_fn, override
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.files import write_atomic
@@ -128,8 +129,12 @@ def _converter() -> Converter:
         converter.register_structure_hook(kind, _exactly(kind))
     converter.register_structure_hook(float, _number)
     # A target is written whole: its defaults may change from release to release.
+    rare = {"kv_head_bytes": override(omit_if_default=True)}
     for cls in (ModelSpec, Device, Tier, Worker, Target):
-        whole = make_dict_unstructure_fn(cls, converter, _cattrs_omit_if_default=False)
+        some: dict[str, Any] = {
+            name: rule for name, rule in rare.items() if hasattr(fields(cls), name)
+        }
+        whole = make_dict_unstructure_fn(cls, converter, _cattrs_omit_if_default=False, **some)
         converter.register_unstructure_hook(cls, whole)
     for action, op in OPS.items():
         plain: Callable[[Any], dict[str, Any]] = make_dict_unstructure_fn(

@@ -22,12 +22,16 @@ class ModelSpec:
     intermediate: int = field(default=1536, validator=validators.gt(0))
     vocab: int = field(default=49152, validator=validators.gt(0))
     dtype_bytes: int = field(default=4, validator=validators.gt(0))
-    """Bytes of one weight, and of one KV element."""
+    """Bytes of one weight, and, unless `kv_head_bytes` says otherwise, of one KV element."""
+    kv_head_bytes: int = field(default=0, validator=validators.ge(0))
+    """Bytes of one token's key, or value, of one head, with its scales where KV is stored in another
+    type than weights; 0: `head_dim * dtype_bytes`."""
 
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of all layers, in bytes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+        head = self.kv_head_bytes or self.head_dim * self.dtype_bytes
+        return 2 * self.layers * self.kv_heads * head
 
     @property
     def layer_params(self) -> int:

@@ -1,6 +1,6 @@
 """`KVCacheSchema`: how a model's KV lies in pages; `KVSchemaConfig`: how a user asks for one."""
 
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.located_yaml import one_of
@@ -130,6 +130,16 @@ class KVSchemaConfig:
             SageIRError: `auto`, and KV cannot be stored in the model's type.
         """
         return self.dtype or PRESETS.get(self.preset) or kv_dtype_of(model_dtype)
+
+    def fit(self, model: ModelSpec, model_dtype: str) -> ModelSpec:
+        """The model's shape with the size its KV then has: what targets are made with."""
+        stored = self.resolve(model_dtype)
+        if stored == kv_dtype_of(model_dtype):
+            return evolve(model, kv_head_bytes=0)
+        schema = KVCacheSchema.of(model, 1, stored)
+        return evolve(
+            model, kv_head_bytes=schema.block_bytes // (2 * model.layers * model.kv_heads)
+        )
 
 
 def kv_dtype_of(model_dtype: str) -> str:

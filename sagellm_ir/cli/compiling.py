@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from attrs import frozen
+from attrs import asdict, frozen
 
 from sagellm_ir.build import ByteTokenizer, Tokenizer, build
 from sagellm_ir.cli import shared
@@ -18,7 +18,7 @@ from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.presets import load_target
 from sagellm_ir.request import ChatPrompt, Request, TextPrompt
 from sagellm_ir.requests import Loaded, load_requests
-from sagellm_ir.target import Target
+from sagellm_ir.target import ModelSpec, Target
 
 __all__ = [
     "Compilation",
@@ -95,8 +95,10 @@ def compile_requests(loaded: Loaded, target: Target, tokenizer: str) -> Compilat
     return Compilation(loaded.requests, built.graph, built.tokens)
 
 
-def choose_target(name: str, overrides: Sequence[str] | None) -> Target:
-    """A preset or file, with `key=value` changes."""
+def choose_target(
+    name: str, overrides: Sequence[str] | None, model: ModelSpec | None = None
+) -> Target:
+    """A preset or file, with `key=value` changes, and for another model's shape if one is given."""
     changes: dict[str, Any] = {}
     for text in overrides or ():
         key, equals, value = text.partition("=")
@@ -112,6 +114,8 @@ def choose_target(name: str, overrides: Sequence[str] | None) -> Target:
         for part in outer:
             inner = inner.setdefault(part, {})
         inner[last] = yaml.safe_load(value)
+    if model is not None:
+        changes["model"] = asdict(model)
     return load_target(name, **changes)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -21,7 +21,7 @@ from sagellm_ir.cli.simulate import simulate
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
-from sagellm_ir.target import Target
+from sagellm_ir.target import ModelSpec, Target
 
 if TYPE_CHECKING:
     from sagellm_ir.lowering.plan import ExecutionPlan
@@ -53,13 +53,21 @@ class _Engine:
     kind: str
     model: str | None
     dtype: str
+    kv_schema: str
 
-    def fit(self, target: Target) -> tuple[Target, "Callable[[Target], InferenceBackend]"]:
-        """The target with the model's real shape, and what makes the engine for it."""
+    def load(self, shape: ModelSpec) -> tuple[ModelSpec, "Callable[[Target], InferenceBackend]"]:
+        """The model's real shape, and what makes the engine for a target with it.
+
+        Args:
+            shape: the target's; its name is the model's unless the user names one.
+        """
+        from sagellm_ir.runtime.protocols import KVSchemaConfig
+
+        schema = KVSchemaConfig.parse(self.kv_schema)
         if self.kind == "simulator":
             from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 
-            return target, SimulatorEngine
+            return schema.fit(shape, self.dtype), SimulatorEngine
         try:
             from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
         except ImportError as error:
@@ -69,10 +77,11 @@ class _Engine:
                     help="pip install 'sagellm-ir[embedded]', or run with --engine simulator",
                 )
             ) from error
-        name = self.model or target.model.name
+        name = self.model or shape.name
         with shared.working(f"loading {name}"):
             loaded = load_model(name, self.dtype)
-        return evolve(target, model=loaded.spec), partial(EmbeddedEngine, loaded)
+        make = partial(EmbeddedEngine, loaded, kv_schema=schema)
+        return schema.fit(loaded.spec, loaded.dtype_name), make
 
 
 def run(
@@ -91,6 +100,7 @@ def run(
     engine: Annotated[
         str, typer.Option(metavar="|".join(ENGINES), help="What runs the plan.")
     ] = "embedded",
+    kv_schema: shared.KVSchema = "preset=auto",
     level: shared.Level = 2,
     pipeline: shared.PipelineText = None,
     target: shared.TargetName = "cpu",
@@ -106,7 +116,7 @@ def run(
     if sum(bool(source) for source in (request, prompt, plan)) != 1:
         raise typer.BadParameter("give one of --request, --prompt and --plan")
     shared.one_of("--engine", engine, ENGINES)
-    choice = _Engine(engine, model, dtype)
+    choice = _Engine(engine, model, dtype, kv_schema)
     if plan is not None:
         job = _load(plan, choice)
     else:
@@ -115,7 +125,8 @@ def run(
             if prompt
             else read_requests(request, skip_bad, limit, max_new)
         )
-        fitted, make = choice.fit(choose_target(target, overrides))
+        shape, make = choice.load(choose_target(target, overrides).model)
+        fitted = choose_target(target, overrides, shape)
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
         made = compilation.plan(compilation.run_passes(passes))
@@ -143,7 +154,7 @@ def _load(path: Path, choice: _Engine) -> _Job:
 
     made = load_plan(path)
     verify_plan(made)
-    _, make = choice.fit(made.target)
+    _, make = choice.load(made.target.model)
     return _Job(made, make)
 
 

@@ -19,6 +19,7 @@ from sagellm_ir.files import write_atomic
 
 __all__ = [
     "AsJson",
+    "KVSchema",
     "Level",
     "Limit",
     "MaxNew",
@@ -80,6 +81,14 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and g
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first N requests.")]
 MaxNew = Annotated[
     int, typer.Option("--max-new", min=1, help="Tokens to generate where a request does not say.")
+]
+KVSchema = Annotated[
+    str,
+    typer.Option(
+        "--kv-schema",
+        metavar="preset=auto|bf16|fp8|int8",
+        help="How KV is stored; `auto`: in the model's type.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[

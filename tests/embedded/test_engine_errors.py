@@ -110,7 +110,7 @@ def test_a_group_of_different_blocks(engine: EmbeddedEngine) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": Target().model}, "another model or dtype"),
+        ({"model": Target().model}, "another model, dtype or KV schema"),
         ({"tp": 2}, "2 tensor-parallel ranks"),
         ({"tiers": (Tier("host", 4),)}, "no tier 'device'"),
     ],
@@ -126,7 +126,7 @@ def test_targets(model: CausalLM, target: Target, change: dict[str, Any], messag
         ({"block_size": 8}, "blocks of 8 tokens, the engine's have 4"),
         ({"tiers": (Tier("device", 99),)}, "99 blocks in tier 'device'; the engine has 64"),
         ({"tiers": (Tier("device", 4), Tier("disk", 9))}, "no such tier"),
-        ({"model": Target().model}, "another model or dtype"),
+        ({"model": Target().model}, "another model, dtype or KV schema"),
     ],
 )
 def test_plans_for_another_target(

@@ -12,10 +12,16 @@ __all__ = ["check_request", "check_target"]
 
 
 def check_target(
-    target: Target, model: CausalLM, capability: CapabilityDescriptor, within: Target | None = None
+    target: Target,
+    found: ModelSpec,
+    capability: CapabilityDescriptor,
+    within: Target | None = None,
 ) -> None:
-    """Raise `SageIRError` unless a model can run a target, inside the pool of `within` if given."""
-    found = model.spec
+    """Raise `SageIRError` unless an engine can run a target, inside the pool of `within` if given.
+
+    Args:
+        found: the engine's model, with the size its KV has there.
+    """
     wrong = [
         f"{f.name}: the target has {getattr(target.model, f.name)}, the model {getattr(found, f.name)}"
         for f in fields(ModelSpec)
@@ -24,9 +30,10 @@ def check_target(
     if wrong:
         raise SageIRError(
             Diagnostic(
-                f"target {target.name!r} is for another model or dtype",
+                f"target {target.name!r} is for another model, dtype or KV schema",
                 notes=tuple(wrong),
-                help="compile for a target with this model's spec (`model.spec`)",
+                help="compile for a target with this model's spec (`model.spec`, and "
+                "`KVSchemaConfig.fit` where KV is stored in another type)",
             )
         )
     if target.tp > capability.max_tp:

@@ -66,11 +66,17 @@ class EmbeddedEngine:
         stop_at_eos: bool = True,
         kv_schema: KVSchemaConfig = KVSchemaConfig(),
     ) -> None:
-        """`stop_at_eos=False` generates to the planned length, as benchmarks need."""
+        """
+        Args:
+            target: made with the model's spec, as `kv_schema.fit` gives it.
+            stop_at_eos: False generates to the planned length, as benchmarks need.
+            kv_schema: how KV is stored.
+        """
         self.model = model
         self.target = target
-        check_target(target, model, self.capability)
-        stored = kv_schema.resolve(str(model.dtype).removeprefix("torch."))
+        self._spec = kv_schema.fit(model.spec, model.dtype_name)
+        check_target(target, self._spec, self.capability)
+        stored = kv_schema.resolve(model.dtype_name)
         self.kv_schema = KVCacheSchema.of(model.spec, target.block_size, stored)
         self._eos = frozenset(model.config.eos if stop_at_eos else ())
         self._workers = {
@@ -154,7 +160,7 @@ class EmbeddedEngine:
         Raises:
             SageIRError: the plan is for another model, block size or a larger pool.
         """
-        check_target(plan.target, self.model, self.capability, within=self.target)
+        check_target(plan.target, self._spec, self.capability, within=self.target)
         for request in plan.requests:
             if request.id not in self._sequences:
                 self.submit(request)

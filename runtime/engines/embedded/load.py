@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.presets import load_target
@@ -22,6 +22,7 @@ from sagellm_ir.runtime.engines.embedded.weights import (
     WeightSource,
     gguf_in_package,
 )
+from sagellm_ir.runtime.protocols import KVSchemaConfig
 
 __all__ = [
     "PACKAGED",
@@ -64,22 +65,25 @@ def load_embedded(
     device: str = "cpu",
     target: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
 ) -> LoadedBackend:
     """The embedded engine around a model, for `load_backend`.
 
     Args:
         model: see `load_model`; so are `dtype` and `device`.
         target: a preset or a YAML file: pool, block size, budgets. Its model is replaced by the
-            real one.
+            real one, so that a tier given in bytes has as many blocks of the real one as fit.
         overrides: fields of the target to change (see `load_target`).
+        kv_schema: how KV is stored.
 
     Raises:
         SageIRError: what `load_model` and `load_target` raise.
     """
-    chosen = load_target(target, **(overrides or {}))
     loaded = load_model(model, dtype, device)
-    fitted = evolve(chosen, model=loaded.spec)
-    return LoadedBackend(EmbeddedEngine(loaded, fitted), fitted, loaded.tokenizer, loaded.spec.name)
+    spec = kv_schema.fit(loaded.spec, loaded.dtype_name)
+    fitted = load_target(target, **{**(overrides or {}), "model": asdict(spec)})
+    engine = EmbeddedEngine(loaded, fitted, kv_schema=kv_schema)
+    return LoadedBackend(engine, fitted, loaded.tokenizer, spec.name)
 
 
 def open_model(name: str | Path) -> tuple[ModelConfig, WeightSource, ModelTokenizer | None]:

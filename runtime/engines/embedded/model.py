@@ -89,6 +89,11 @@ class CausalLM:
         self._frequencies = torch.tensor(config.rope_frequencies(), device=self.device)
 
     @property
+    def dtype_name(self) -> str:
+        """The type of weights and activations, by its torch name."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def spec(self) -> ModelSpec:
         """The shape as targets describe it."""
         return self.config.spec(self.dtype.itemsize)

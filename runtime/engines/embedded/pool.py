@@ -149,4 +149,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, hos
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy leaves zeroing to the system, page by page at first use; torch would touch it all.
     size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

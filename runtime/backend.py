@@ -15,6 +15,7 @@ __all__ = [
     "EngineView",
     "Finish",
     "InferenceBackend",
+    "Likelihood",
     "PlanSource",
     "RequestView",
     "TokenEvent",
@@ -22,6 +23,15 @@ __all__ = [
 
 Finish = Literal["stop", "length", "abort"]
 """Why an answer ended: end token or stop string, the planned number of tokens, or its user."""
+
+
+@frozen
+class Likelihood:
+    """How likely a token was: natural logarithms, of the model's own distribution."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens of that place and theirs, likeliest first."""
 
 
 @frozen
@@ -37,6 +47,8 @@ class TokenEvent:
     index: int = 0
     """Place of the token in the answer, from 0."""
     finish: Finish | None = None
+    likelihood: Likelihood | None = None
+    """When the request's `Sampling.logprobs` asks for it."""
 
 
 @frozen

@@ -73,6 +73,8 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings."""
+    logprobs: int | None = None
+    """Report how likely each token was, and so many of the likeliest in its place; None: neither."""
 
 
 @frozen

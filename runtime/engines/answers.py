@@ -3,13 +3,14 @@
 from attrs import field, frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.runtime.backend import Finish
+from sagellm_ir.runtime.backend import Finish, Likelihood
 from sagellm_ir.runtime.engines.metrics import Metrics
 
 __all__ = [
     "EngineBusy",
     "EngineDraining",
     "EngineFailed",
+    "RequestAborted",
     "Response",
     "StreamDelta",
     "StreamEnd",
@@ -31,6 +32,8 @@ class Response:
     """Prompt tokens that were not computed for this request: another one or the cache had them."""
     finish: Finish
     metrics: Metrics = field(factory=Metrics)
+    likelihoods: tuple[Likelihood, ...] = ()
+    """Of each token, when `Sampling.logprobs` asks for them."""
 
 
 @frozen
@@ -52,6 +55,8 @@ class StreamDelta:
     """May be empty: half a character, or the possible start of a stop string, is held back."""
     index: int
     """Place of the token in the answer, from 0."""
+    likelihood: Likelihood | None = None
+    """When `Sampling.logprobs` asks for it."""
 
 
 @frozen
@@ -89,3 +94,10 @@ class EngineFailed(SageIRError):
         super().__init__(
             Diagnostic(f"engine {engine_id!r} failed", help="its log says why; start it again")
         )
+
+
+class RequestAborted(SageIRError):
+    """Somebody else ended the request: an operator, or a program in the engine's process."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(Diagnostic(f"request {request_id!r} was aborted"))

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, PlanRequest
 from sagellm_ir.request import ChatPrompt, Request, TextPrompt, TokenPrompt
-from sagellm_ir.runtime.backend import Finish
+from sagellm_ir.runtime.backend import TokenEvent
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.answers import (
     Response,
@@ -120,9 +120,7 @@ class SageLLMEngine:
         """
         tokens = await self.encode(request)
         ticket = self._loop.submit(_plan_request(request, tokens))
-        text: list[str] = []
-        answer: list[int] = []
-        finish: Finish = "abort"
+        made: list[TokenEvent] = []
         ended = False
         try:
             yield StreamStart(request.id, self.engine_id, len(tokens))
@@ -131,24 +129,13 @@ class SageLLMEngine:
                     ended = True
                     raise news
                 assert news.token is not None
-                answer.append(news.token)
-                text.append(news.text)
-                finish = news.finish or finish
-                yield StreamDelta(request.id, news.token, news.text, news.index)
+                made.append(news)
+                yield StreamDelta(request.id, news.token, news.text, news.index, news.likelihood)
             ended = True
         finally:
             if not ended:
                 self._loop.abandon(ticket)
-        whole = Response(
-            request.id,
-            "".join(text),
-            tuple(answer),
-            len(tokens),
-            news.cached_tokens,
-            finish,
-            news.metrics,
-        )
-        yield StreamEnd(request.id, whole)
+        yield StreamEnd(request.id, _response(request, len(tokens), made, news))
 
     async def encode(self, request: Request) -> Sequence[int]:
         """The prompt's token ids.
@@ -202,6 +189,21 @@ def _plan_request(request: Request, tokens: Sequence[int]) -> PlanRequest:
         prompt_len=len(tokens),
         tokens=tuple(tokens),
         sampling=request.sampling,
+    )
+
+
+def _response(
+    request: Request, prompt_tokens: int, made: Sequence[TokenEvent], ended: Ended
+) -> Response:
+    return Response(
+        request.id,
+        "".join(event.text for event in made),
+        tuple(event.token for event in made if event.token is not None),
+        prompt_tokens,
+        ended.cached_tokens,
+        (made[-1].finish if made else None) or "abort",
+        ended.metrics,
+        tuple(event.likelihood for event in made if event.likelihood),
     )
 
 

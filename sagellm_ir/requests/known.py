@@ -1,6 +1,8 @@
 """The fields a record may have."""
 
-__all__ = ["HARMLESS", "OWN", "UNSUPPORTED"]
+from typing import Any
+
+__all__ = ["HARMLESS", "OWN", "UNSUPPORTED", "has_effect"]
 
 # fmt: off
 OWN = frozenset({
@@ -31,3 +33,11 @@ UNSUPPORTED = frozenset({
 })
 # fmt: on
 """Known fields that would change the answer: saying so is better than ignoring them silently."""
+
+_NO_EFFECT: tuple[Any, ...] = (None, 0, "none", "auto", [], {}, {"type": "text"})
+_NO_EFFECT_AT_ONE = ("best_of", "repetition_penalty")
+
+
+def has_effect(name: str, value: Any) -> bool:
+    """Whether a field of `UNSUPPORTED` with this value would change the answer."""
+    return not (value in _NO_EFFECT or (value == 1 and name in _NO_EFFECT_AT_ONE))

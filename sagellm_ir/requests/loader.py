@@ -10,15 +10,12 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.nodes import Location
 from sagellm_ir.request import Request
 from sagellm_ir.requests.formats import Draft, TraceIds, drafts
-from sagellm_ir.requests.known import HARMLESS, OWN, UNSUPPORTED
+from sagellm_ir.requests.known import HARMLESS, OWN, UNSUPPORTED, has_effect
 from sagellm_ir.requests.source import DEFAULT_LIMITS, Limits, Record, Source, records
 
 __all__ = ["Loaded", "load_requests"]
 
 _MOST_ERRORS = 20
-
-_NO_EFFECT: tuple[Any, ...] = (None, 0, "none", "auto", [], {})
-_NO_EFFECT_AT_ONE = ("best_of", "repetition_penalty")
 
 
 @frozen
@@ -127,7 +124,7 @@ class _Loading:
                     continue
                 if name in UNSUPPORTED:
                     value = values.get("body", values).get(name)
-                    if value in _NO_EFFECT or (value == 1 and name in _NO_EFFECT_AT_ONE):
+                    if not has_effect(name, value):
                         continue
                     message, help_ = f"{name} is not supported and has no effect", ""
                 else:

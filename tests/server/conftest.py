@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sagellm_ir.runtime import SageLLMEngine
+from tests.server.serving import Served, serving
 from tests.server.tiny import load_tiny
 
 Make = Callable[..., SageLLMEngine]
@@ -31,3 +32,14 @@ def make() -> Iterator[Make]:
     yield start
     for engine in made:
         engine.stop()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """One server for the tests of a module that leave nothing behind."""
+    torch.set_num_threads(1)
+    engine = SageLLMEngine(load_tiny(512))
+    engine.start()
+    with serving(engine) as found:
+        yield found
+    engine.stop()

@@ -99,6 +99,7 @@ class EmbeddedEngine:
             dtypes=("float32", "bfloat16", "float16"),
             kv_dtypes=tuple(CODECS),
             max_model_len=self.model.config.max_position,
+            supports_logprobs=True,
         )
 
     def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
@@ -231,7 +232,7 @@ class EmbeddedEngine:
         batch = self._batch(step, worker, work)
         logits = self.model.forward(batch, worker.pool.layers)
         yielding = [row.sequence for row in work if row.yields]
-        tokens = draw(logits, [sequence.sampler for sequence in yielding])
+        drawn = draw(logits, [sequence.sampler for sequence in yielding])
         for row in work:
             row.sequence.computed = max(row.sequence.computed, row.stop)
         prefill = sum(row.stop - row.start for row in work if not row.decode)
@@ -239,10 +240,10 @@ class EmbeddedEngine:
             forwards=1,
             prefill_tokens=prefill,
             decode_tokens=sum(row.decode for row in work),
-            generated=len(tokens),
+            generated=len(drawn),
             forward_seconds=time.perf_counter() - start,
         )
-        return [sequence.push(token) for sequence, token in zip(yielding, tokens, strict=True)]
+        return [sequence.push(*one) for sequence, one in zip(yielding, drawn, strict=True)]
 
     def _order(self, worker: WorkerMemory, row: _Work) -> tuple[bool, int]:
         """Chunks first, then decode rows by place in memory: neighbours share attention calls."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.backend import Likelihood
 
 __all__ = ["Sampler", "draw"]
 
@@ -30,6 +31,7 @@ class Sampler:
             ),
             "top_p": (sampling.top_p, 0.0 < sampling.top_p <= 1.0, "above 0, up to 1"),
             "top_k": (sampling.top_k, sampling.top_k >= 0, "0 (all) or more"),
+            "logprobs": (sampling.logprobs, (sampling.logprobs or 0) >= 0, "0 or more"),
         }
         for name, (value, good, expected) in ranges.items():
             if not good:
@@ -59,11 +61,21 @@ class Sampler:
         place = int(torch.searchsorted(kept, point, right=True))
         return int(tokens[min(place, len(kept) - 1)])
 
+    def likelihood(self, logits: Tensor, token: int) -> Likelihood | None:
+        """How likely a token of (vocab,) logits was, if the request asks; before temperature."""
+        if (count := self._sampling.logprobs) is None:
+            return None
+        scores = logits.float().log_softmax(0)
+        values, tokens = scores.topk(min(count, len(scores)))
+        top = zip(tokens.tolist(), values.tolist(), strict=True)
+        return Likelihood(float(scores[token]), tuple(top))
 
-def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token a row of (rows, vocab) logits."""
+
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[tuple[int, Likelihood | None]]:
+    """One token a row of (rows, vocab) logits, and how likely it was where that is asked for."""
     tokens: list[int] = logits.argmax(-1).tolist() if len(logits) else []
     for row, sampler in enumerate(samplers):
         if not sampler.greedy:
             tokens[row] = sampler.draw(logits[row])
-    return tokens
+    drawn = enumerate(zip(samplers, tokens, strict=True))
+    return [(token, sampler.likelihood(logits[row], token)) for row, (sampler, token) in drawn]

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PlanRequest
 from sagellm_ir.request import Sampling
-from sagellm_ir.runtime.backend import Finish, RequestView, TokenEvent
+from sagellm_ir.runtime.backend import Finish, Likelihood, RequestView, TokenEvent
 from sagellm_ir.runtime.engines.embedded.sampling import Sampler
 from sagellm_ir.runtime.engines.embedded.tokenizer import Detokenizer, ModelTokenizer
 
@@ -42,7 +42,7 @@ class Sequence:
         """Tokens answered so far."""
         return len(self.tokens) - self.request.prompt_len
 
-    def push(self, token: int) -> TokenEvent:
+    def push(self, token: int, likelihood: Likelihood | None = None) -> TokenEvent:
         """Take the next token of the answer; says whether it is the last one."""
         self.tokens.append(token)
         index = self.generated - 1
@@ -56,7 +56,7 @@ class Sequence:
         if self.finish and self._detokenizer:
             # After a stop string nothing is held back any more: flush gives only what may show.
             text += self._detokenizer.flush()
-        return TokenEvent(self.request.id, token, text, index, self.finish)
+        return TokenEvent(self.request.id, token, text, index, self.finish, likelihood)
 
     def abort(self) -> TokenEvent:
         """End it here."""

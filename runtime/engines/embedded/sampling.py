@@ -46,14 +46,16 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> int:
         """One token from (vocab,) logits."""
-        scores = logits.float().cpu() / self._sampling.temperature
+        # The likeliest is 0 before the division, so that no temperature, however low, makes it inf.
+        scores = logits.double().cpu()
+        scores = (scores - scores.max()) / self._sampling.temperature
         top = self._sampling.top_k or len(scores)
         if self._sampling.top_p < 1.0 or top < len(scores):
             scores, tokens = scores.sort(descending=True, stable=True)
             scores = scores[:top]
         else:
             tokens = torch.arange(len(scores))
-        weights = scores.softmax(0, dtype=torch.float64)
+        weights = scores.softmax(0)
         upto = weights.cumsum(0)
         # Nucleus: the fewest likeliest tokens that together reach top_p.
         kept = upto[upto - weights < self._sampling.top_p]

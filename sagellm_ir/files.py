@@ -9,7 +9,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 __all__ = ["write_atomic"]
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all: into a temporary file beside it, then renamed.
 
     Raises:
@@ -18,8 +18,8 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

@@ -1,5 +1,6 @@
 """`LocatedYAML`: a YAML file that knows the line of each field, and fills attrs classes strictly."""
 
+import base64
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -90,10 +91,24 @@ def _boolean(value: Any, _: type) -> bool:
     return value
 
 
+def _bytes(value: Any, _: type) -> bytes:
+    """Base64."""
+    if not isinstance(value, str):
+        raise _BadValue(f"expected a base64 text, got {value!r:.40}")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise _BadValue(f"expected a base64 text: {error}") from None
+
+
 def _converter() -> Converter:
     """Strict: no unknown fields, no silent conversions."""
     converter = Converter(forbid_extra_keys=True)
-    for cls, hook in ((int, _integer), (float, _number), (str, _text), (bool, _boolean)):
+    hooks = (
+        *((int, _integer), (float, _number), (str, _text), (bool, _boolean)),
+        (bytes, _bytes),
+    )
+    for cls, hook in hooks:
         converter.register_structure_hook(cls, hook)
     converter.register_structure_hook_factory(_is_tuple, lambda cls: _tuple_hook(converter, cls))
     return converter
@@ -118,19 +133,31 @@ def _tuple_hook(converter: Converter, cls: Any) -> Callable[[Any, Any], Any]:
 _CONVERTER = _converter()
 
 
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from error
+
+
 class LocatedYAML:
     """A YAML file: its mapping, and the line each field is on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        """
+        Args:
+            path: the file; what errors name.
+            data: its text, when it is no file; JSON reads as YAML.
+
+        Raises:
+            SageIRError: it cannot be read, or is no YAML mapping.
+        """
         self.path = path
         self.lines: dict[Where, Location | None] = {}
         self._sources: dict[Where, str] = {}
-        try:
-            with path.open("rb") as stream:
-                data = stream.read(_MOST_BYTES + 1)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from error
+        data = _read(path) if data is None else data
         if len(data) > _MOST_BYTES:
             raise SageIRError(Diagnostic(f"{path} is larger than {_MOST_BYTES} bytes"))
         try:

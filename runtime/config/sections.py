@@ -6,7 +6,7 @@ from sagellm_ir.located_yaml import one_of
 from sagellm_ir.runtime.accel.config import AccelConfig
 from sagellm_ir.runtime.ports import recommended_llm_port
 from sagellm_ir.runtime.protocols.capability import DOMESTIC
-from sagellm_ir.runtime.protocols.kv_schema import KVSchemaConfig
+from sagellm_ir.runtime.protocols.kv_config import KVSchemaConfig
 
 __all__ = [
     "FROM_PORTS",

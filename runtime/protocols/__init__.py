@@ -5,15 +5,19 @@ from sagellm_ir.runtime.protocols.capability import (
     DOMESTIC,
     CapabilityDescriptor,
 )
+from sagellm_ir.runtime.protocols.kv_config import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import lmdeploy_quant_policy, vllm_kv_cache_dtype
-from sagellm_ir.runtime.protocols.kv_schema import KVCacheSchema, KVSchemaConfig
+from sagellm_ir.runtime.protocols.kv_schema import KV_DTYPES, KVCacheSchema
+from sagellm_ir.runtime.protocols.quantization import QuantizationProfile
 
 __all__ = [
     "DEVICE_KINDS",
     "DOMESTIC",
+    "KV_DTYPES",
     "CapabilityDescriptor",
     "KVCacheSchema",
     "KVSchemaConfig",
+    "QuantizationProfile",
     "lmdeploy_quant_policy",
     "vllm_kv_cache_dtype",
 ]

@@ -3,7 +3,8 @@
 from typing import NoReturn
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.runtime.protocols.kv_schema import KVSchemaConfig, kv_dtype_of
+from sagellm_ir.runtime.protocols.kv_config import KVSchemaConfig
+from sagellm_ir.runtime.protocols.kv_schema import kv_dtype_of
 
 __all__ = ["lmdeploy_quant_policy", "vllm_kv_cache_dtype"]
 

@@ -1,6 +1,7 @@
 """KV stored in another type: what codes mean, what they cost, and that plans still do not matter."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from sagellm_ir.runtime.engines.embedded.attention import Part
 from sagellm_ir.runtime.engines.embedded.model import Batch
 from sagellm_ir.runtime.engines.embedded.pages import CodedPages, NativePages
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
-from sagellm_ir.runtime.engines.embedded.quantise import CODECS
-from sagellm_ir.runtime.protocols import KVCacheSchema, KVSchemaConfig
+from sagellm_ir.runtime.kv_runtime.codec import CODECS
+from sagellm_ir.runtime.protocols import KVCacheSchema, KVSchemaConfig, QuantizationProfile
 from sagellm_ir.target import Target
 from tests.embedded.tiny import (
     BLOCK,
@@ -25,6 +26,7 @@ from tests.embedded.tiny import (
     TINY,
     answers,
     blocks_of,
+    decode,
     prefill,
     prompt,
     request,
@@ -54,8 +56,8 @@ def values(seed: int, scale: float) -> torch.Tensor:
 def test_the_error_of_an_element_is_bounded(name: str, seed: int, scale: float) -> None:
     codec = CODECS[name]
     given_ = values(seed, scale)
-    codes, scales = codec.encode(given_)
-    assert scales is not None
+    scales = codec.scales(given_)
+    codes = codec.encode(given_, scales)
     assert scales.shape == (2, 3, 5, 1)
     error = (codec.decode(codes, scales, torch.float32) - given_).abs()
     # Half a step: of the grid for int8; for floats, of the mantissa or of the subnormal grid.
@@ -208,3 +210,40 @@ def test_a_pool_in_bytes_holds_more_quantised_blocks() -> None:
         assert tier is not None
         held[preset] = tier.blocks
     assert held == {"auto": 86, "bf16": 173, "int8": 326}
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_profile_s_scales_are_used(
+    model: CausalLM, target: Target, tmp_path: Path, suffix: str
+) -> None:
+    rows = ((0.01, 0.02), (0.03, 0.04))
+    path = tmp_path / f"p.{suffix}"
+    QuantizationProfile("int8", "head", rows, rows).save(path)
+    engine = engine_of(model, target, KVSchemaConfig(profile=str(path)))
+    assert engine.kv_schema.block_bytes == 2 * 2 * 2 * 16 * BLOCK
+    pages = engine._workers["w0"].pool.layers[1]
+    key, value = torch.randn(2, 3, 2, 16)
+    stored = torch.stack(pages.write(torch.tensor([7, 8, 9]), key, value))
+    scale = torch.tensor(rows[1])[:, None]
+    given_ = torch.stack((key, value))
+    assert torch.allclose(stored, (given_ / scale).round().clamp(-127, 127) * scale)
+    assert torch.equal(pages.spans(7, 0, 1, 3)[:, 0].transpose(1, 2), stored)
+    engine.submit(request("a", A, 2))
+    assert len(run(engine, prefill("a", len(A), blocks_of(len(A) + 2, 0)), decode("a"))) == 2
+
+
+def test_scales_of_a_block_are_refused(model: CausalLM, target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    QuantizationProfile("int8", "block").save(path)
+    with pytest.raises(SageIRError, match="for each token and head, not for each block"):
+        EmbeddedEngine(model, target_of(model, target, path), kv_schema=profile_of(path))
+
+
+def profile_of(path: Path) -> KVSchemaConfig:
+    """KV as a profile's file says."""
+    return KVSchemaConfig(profile=str(path))
+
+
+def target_of(model: CausalLM, target: Target, path: Path) -> Target:
+    """The target for it."""
+    return evolve(target, model=profile_of(path).fit(model.spec, model.dtype_name))

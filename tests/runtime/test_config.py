@@ -29,7 +29,10 @@ def test_the_packaged_file_names_every_field_but_accels() -> None:
     for section in fields(SageConfig):
         assert (section.name,) in origins
     unsaid = {name for name, _, origin in read_config(env={}).rows() if origin == "default"}
-    assert {name for name in unsaid if not name.startswith("accel.")} == {"kv_schema.dtype"}
+    assert {name for name in unsaid if not name.startswith("accel.")} == {
+        "kv_schema.dtype",
+        "kv_schema.profile",
+    }
 
 
 def test_the_environment_wins_over_the_file_over_the_default(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from attrs import fields
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PlanRequest
 from sagellm_ir.runtime.engines.embedded.model import CausalLM
-from sagellm_ir.runtime.protocols import CapabilityDescriptor
+from sagellm_ir.runtime.protocols import CapabilityDescriptor, QuantizationProfile
 from sagellm_ir.target import DEVICE, ModelSpec, Target
 
-__all__ = ["check_request", "check_target"]
+__all__ = ["check_profile", "check_request", "check_target"]
 
 
 def check_target(
@@ -70,6 +70,17 @@ def _check_within(target: Target, within: Target) -> None:
                     help="compile the plan for this engine's target, or enlarge the pool",
                 )
             )
+
+
+def check_profile(profile: QuantizationProfile | None, model: ModelSpec) -> None:
+    """Raise `SageIRError` unless the pool can quantise like this."""
+    if profile is None:
+        return
+    profile.check(model)
+    if profile.scales == "block":
+        # A block is filled token by token, and its scale would change under what it holds already.
+        message = "the embedded engine keeps a scale for each token and head, not for each block"
+        raise SageIRError(Diagnostic(message, help="set scales to token_head, or to head"))
 
 
 def check_request(request: PlanRequest, model: CausalLM, target: Target, running: bool) -> None:

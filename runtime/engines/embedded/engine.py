@@ -16,16 +16,16 @@ from sagellm_ir.runtime.backend import (
     TokenEvent,
 )
 from sagellm_ir.runtime.engines.embedded.attention import Row, SharedSpan, plan_parts
-from sagellm_ir.runtime.engines.embedded.checks import check_request, check_target
+from sagellm_ir.runtime.engines.embedded.checks import check_profile, check_request, check_target
 from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
-from sagellm_ir.runtime.engines.embedded.quantise import CODECS
+from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
 from sagellm_ir.runtime.protocols import (
     DEVICE_KINDS,
+    KV_DTYPES,
     CapabilityDescriptor,
-    KVCacheSchema,
     KVSchemaConfig,
 )
 from sagellm_ir.target import DEVICE, Target
@@ -76,12 +76,14 @@ class EmbeddedEngine:
         self.target = target
         self._spec = kv_schema.fit(model.spec, model.dtype_name)
         check_target(target, self._spec, self.capability)
-        stored = kv_schema.resolve(model.dtype_name)
-        self.kv_schema = KVCacheSchema.of(model.spec, target.block_size, stored)
+        self.kv_schema = kv_schema.schema(model.spec, target.block_size, model.dtype_name)
         self._eos = frozenset(model.config.eos if stop_at_eos else ())
+        profile = kv_schema.quantization(model.dtype_name)
+        check_profile(profile, model.spec)
+        tiers = {tier.name: tier.blocks for tier in target.tiers}
         self._workers = {
             worker.name: WorkerMemory(
-                worker.name, self.kv_schema, target, model.dtype, model.device
+                worker.name, KVPool(self.kv_schema, tiers, model.dtype, model.device, profile)
             )
             for worker in target.workers
         }
@@ -97,7 +99,7 @@ class EmbeddedEngine:
             "embedded",
             device=device if device in DEVICE_KINDS else "cpu",
             dtypes=("float32", "bfloat16", "float16"),
-            kv_dtypes=tuple(CODECS),
+            kv_dtypes=tuple(KV_DTYPES),
             max_model_len=self.model.config.max_position,
             supports_logprobs=True,
         )

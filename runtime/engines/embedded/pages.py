@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sagellm_ir.runtime.engines.embedded.quantise import Codec
+from sagellm_ir.runtime.kv_runtime.codec import Codec
 
 __all__ = ["CodedPages", "NativePages", "Pages"]
 
@@ -66,38 +66,50 @@ class CodedPages:
     Args:
         codec: how elements are stored.
         codes: (2, kv_heads, slots, head_dim), of the codec's type.
-        scales: (2, kv_heads, slots, 1) in float32; None when the codec has none.
         dtype: the model's own type.
+        scales: (2, kv_heads, slots, 1) in float32, where the scale of each token and head is kept.
+        fixed: (2, kv_heads, 1, 1) in float32, the scales of each head if they were given beforehand.
     """
 
     def __init__(
-        self, codec: Codec, codes: Tensor, scales: Tensor | None, dtype: torch.dtype
+        self,
+        codec: Codec,
+        codes: Tensor,
+        dtype: torch.dtype,
+        scales: Tensor | None = None,
+        fixed: Tensor | None = None,
     ) -> None:
         self._codec = codec
         self._codes = codes
-        self._scales = scales
         self._dtype = dtype
+        self._scales = scales
+        self._fixed = fixed
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Pages`."""
-        codes, scales = self._codec.encode(torch.stack((key, value)).transpose(1, 2))
-        self._codes.index_copy_(2, slots, codes)
-        if self._scales is not None and scales is not None:
+        values = torch.stack((key, value)).transpose(1, 2)
+        scales = self._fixed
+        if self._scales is not None:
+            scales = self._codec.scales(values)
             self._scales.index_copy_(2, slots, scales)
+        codes = self._codec.encode(values, scales)
+        self._codes.index_copy_(2, slots, codes)
         stored = self._codec.decode(codes, scales, self._dtype).transpose(1, 2)
         return stored[0], stored[1]
 
     def spans(self, slot: int, stride: int, number: int, length: int) -> Tensor:
         """See `Pages`."""
         codes = _spans(self._codes, slot, stride, number, length)
-        scales = self._scales
-        if scales is not None:
-            scales = _spans(scales, slot, stride, number, length)
+        scales = None if self._fixed is None else self._fixed[:, None]
+        if self._scales is not None:
+            scales = _spans(self._scales, slot, stride, number, length)
         return self._codec.decode(codes, scales, self._dtype)
 
     def take(self, index: Tensor) -> Tensor:
         """See `Pages`."""
-        scales = None if self._scales is None else _take(self._scales, index)
+        scales = None if self._fixed is None else self._fixed[:, None]
+        if self._scales is not None:
+            scales = _take(self._scales, index)
         return self._codec.decode(_take(self._codes, index), scales, self._dtype)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.engines.embedded.pages import CodedPages, NativePages, Pages
-from sagellm_ir.runtime.engines.embedded.quantise import CODECS, Codec
-from sagellm_ir.runtime.protocols import KVCacheSchema
+from sagellm_ir.runtime.kv_runtime.codec import CODECS, Codec
+from sagellm_ir.runtime.protocols import KVCacheSchema, QuantizationProfile
 from sagellm_ir.target import DEVICE
 
 __all__ = ["BlockTable", "KVPool", "Span"]
@@ -70,6 +70,7 @@ class KVPool:
         tiers: blocks by name.
         dtype: the model's own type.
         device: of the tier `device`; the others lie in host memory.
+        profile: where the schema's scales are those of each head, what they are.
     """
 
     def __init__(
@@ -78,11 +79,15 @@ class KVPool:
         tiers: Mapping[str, int],
         dtype: torch.dtype,
         device: torch.device,
+        profile: QuantizationProfile | None = None,
     ) -> None:
+        self.schema = schema
         self.block_size = schema.block_size
         self.capacity = dict(tiers)
         codec = CODECS[schema.dtype]
-        parts = [(schema.head_dim, codec.dtype), (1, torch.float32)][: 2 if codec.scaled else 1]
+        parts = [(schema.head_dim, codec.dtype)]
+        if schema.scales == "token_head":
+            parts.append((1, torch.float32))
         heads = (schema.layers, 2, schema.kv_heads)
         self._tiers = {
             name: [
@@ -92,7 +97,10 @@ class KVPool:
             for name, blocks in tiers.items()
         }
         by_layer = zip(*(part.flatten(3, 4).unbind(0) for part in self._tiers[DEVICE]), strict=True)
-        self.layers: list[Pages] = [_pages(codec, list(parts), dtype) for parts in by_layer]
+        fixed = _fixed(profile, device) or [None] * schema.layers
+        self.layers: list[Pages] = [
+            _pages(codec, dtype, *each) for each in zip(by_layer, fixed, strict=True)
+        ]
         """The device tier, layer by layer."""
 
     def check(self, tier: str, blocks: Sequence[int]) -> None:
@@ -120,11 +128,22 @@ class KVPool:
             _copy_blocks(source, src, target, dst)
 
 
-def _pages(codec: Codec, parts: list[Tensor], dtype: torch.dtype) -> Pages:
-    """One layer of the device tier: its codes, and its scales if it has any."""
+def _pages(
+    codec: Codec, dtype: torch.dtype, parts: tuple[Tensor, ...], fixed: Tensor | None
+) -> Pages:
+    """One layer of the device tier: its codes, and its scales if it keeps any."""
+    codes, *scales = parts
     if codec.dtype == dtype:
-        return NativePages(parts[0])
-    return CodedPages(codec, parts[0], parts[1] if codec.scaled else None, dtype)
+        return NativePages(codes)
+    return CodedPages(codec, codes, dtype, scales[0] if scales else None, fixed)
+
+
+def _fixed(profile: QuantizationProfile | None, device: torch.device) -> list[Tensor | None]:
+    """By layer, the (2, kv_heads, 1, 1) scales of a profile that gives them; else nothing."""
+    if profile is None or profile.scales != "head":
+        return []
+    both = torch.tensor([profile.key_scales, profile.value_scales], device=device)
+    return list(both.transpose(0, 1)[..., None, None])
 
 
 def _copy_blocks(source: Tensor, src: Sequence[int], target: Tensor, dst: Sequence[int]) -> None:

@@ -2,14 +2,11 @@
 
 from itertools import islice
 
-import torch
-
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import Bind, KVFree
 from sagellm_ir.runtime.backend import CachedPrefix
 from sagellm_ir.runtime.engines.embedded.pool import BlockTable, KVPool
-from sagellm_ir.runtime.protocols import KVCacheSchema
-from sagellm_ir.target import DEVICE, Target
+from sagellm_ir.target import DEVICE
 
 __all__ = ["WorkerMemory"]
 
@@ -17,19 +14,11 @@ __all__ = ["WorkerMemory"]
 class WorkerMemory:
     """Tiers of one worker. It decides nothing: plans say which block is used for what."""
 
-    def __init__(
-        self,
-        name: str,
-        schema: KVCacheSchema,
-        target: Target,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, name: str, pool: KVPool) -> None:
         self.name = name
-        tiers = {tier.name: tier.blocks for tier in target.tiers}
-        self.pool = KVPool(schema, tiers, dtype, device)
+        self.pool = pool
         self.tables: dict[str, BlockTable] = {}
-        self._held: dict[str, dict[int, int]] = {tier: {} for tier in tiers}
+        self._held: dict[str, dict[int, int]] = {tier: {} for tier in pool.capacity}
         """By tier and block, a number that is new each time the block starts to hold something."""
         self._bound: dict[str, list[int]] = {}
         """The numbers that a request's blocks had when they were bound."""

@@ -1,4 +1,4 @@
-"""`Codec`: KV elements in another type, with a scale for each token and head where it has few bits."""
+"""`Codec`: KV elements in another type than the model's, with scales where that has few bits."""
 
 import torch
 from attrs import frozen
@@ -17,27 +17,33 @@ class Codec:
     dtype: torch.dtype
     """Of the codes in memory. Eight-bit floats lie there as bytes: torch moves no float8."""
     largest: float = 0.0
-    """The code of the largest element of a token and head; 0: there are no scales."""
+    """The largest code; 0: codes are the values, and there are no scales."""
     float8: torch.dtype | None = None
     """What the bytes are, if they are eight-bit floats."""
 
     @property
     def scaled(self) -> bool:
-        """Whether there is a scale for each token and head."""
+        """Whether codes have scales."""
         return self.largest > 0
 
-    def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes and scales of (..., head_dim) values; the scales are (..., 1) in float32."""
-        if not self.scaled:
-            return values.to(self.dtype), None
-        wide = values.float()
-        scales = (wide.abs().amax(-1, keepdim=True) / self.largest).clamp_(min=_SMALLEST)
-        codes = wide / scales
+    def scales(self, values: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
+        """The float32 scales with which the largest value along `dims` is the largest code."""
+        largest = values.float().abs().amax(dims, keepdim=True)
+        return (largest / self.largest).clamp_(min=_SMALLEST)
+
+    def encode(self, values: Tensor, scales: Tensor | None) -> Tensor:
+        """The codes of values. What a scale given beforehand does not reach is clamped.
+
+        Args:
+            scales: of any shape that broadcasts; None for codecs without them.
+        """
+        if scales is None:
+            return values.to(self.dtype)
+        # Division may round up beyond the largest finite code, which e4m3 turns into NaN.
+        codes = (values / scales).clamp_(-self.largest, self.largest)
         if self.float8 is not None:
-            # Division may round up beyond the largest finite code, which e4m3 turns into NaN.
-            codes = codes.clamp_(-self.largest, self.largest).to(self.float8)
-            return codes.view(self.dtype), scales
-        return codes.round_().clamp_(-self.largest, self.largest).to(self.dtype), scales
+            return codes.to(self.float8).view(self.dtype)
+        return codes.round_().to(self.dtype)
 
     def decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The values of codes, in `dtype`."""

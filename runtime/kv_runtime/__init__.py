@@ -1,0 +1,1 @@
+"""What all engines' KV has in common: codecs, and transport between engines."""

@@ -2,40 +2,56 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 from attrs import frozen
 
-from sagellm_ir.graph import RequestDecl
-from sagellm_ir.verify.columns import Ints, Mask, first_places
+from sagellm_ir.columns import Columns, Ints, Mask, first_places
 
 __all__ = ["BlockTable", "Cuts", "RadixTree", "ends_run"]
 
 
 @frozen(eq=False)
 class BlockTable:
-    """The prompts' blocks behind each other; entry `i` is a block of request `owner[i]`."""
+    """Prompts' blocks behind each other; entry `i` is a block of the request in place `owner[i]`."""
 
-    requests: Sequence[RequestDecl]
-    block_size: int
+    columns: Columns
+    order: Ints
+    """Indexes of the requests, in the order their blocks stand here."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.columns.graph.target.block_size
+
+    @cached_property
+    def _as_declared(self) -> bool:
+        return bool((self.order == np.arange(len(self.order))).all())
 
     @cached_property
     def first(self) -> Ints:
         """Where each request's entries begin, and one past the last entry."""
-        counts = np.fromiter((len(request.blocks) for request in self.requests), np.int64)
+        counts = self.columns.id_count[self.order]
         return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
 
     @cached_property
     def ids(self) -> Ints:
         """Block ids."""
-        blocks = chain.from_iterable(request.blocks for request in self.requests)
-        return np.fromiter(blocks, np.int64, int(self.first[-1]))
+        if self._as_declared:
+            return self.columns.ids
+        shift = self.columns.id_start[self.order] - self.first[:-1]
+        ids: Ints = self.columns.ids[np.arange(self.first[-1]) + shift[self.owner]]
+        return ids
+
+    @cached_property
+    def lead(self) -> Ints:
+        """For each entry, the first one with its id."""
+        return self.columns.first_id if self._as_declared else first_places(self.ids)
 
     @cached_property
     def owner(self) -> Ints:
         """The request of each entry."""
-        return np.repeat(np.arange(len(self.requests)), np.diff(self.first))
+        return np.repeat(np.arange(len(self.order)), np.diff(self.first))
 
     def stops(self, entries: Ints) -> Ints:
         """The tokens of their prompts that some entries end before."""
@@ -46,7 +62,7 @@ class BlockTable:
         """Entries that a request may take from elsewhere: the last token of a prompt must be
         computed, because the first new token comes out of it."""
         count = np.diff(self.first)
-        lengths = np.fromiter((request.prompt_len for request in self.requests), np.int64)
+        lengths = self.columns.prompt[self.order]
         whole = (count > 0) & (count * self.block_size >= lengths)
         shareable: Mask = np.ones(len(self.ids), dtype=bool)
         shareable[self.first[1:][whole] - 1] = False
@@ -59,13 +75,12 @@ class BlockTable:
         last[self.first[1:] - 1] = True
         return last[:-1]
 
-    def parts(self, entries: Ints) -> dict[str, tuple[int, int]]:
-        """Which of some ascending entries belong to which request, for those that have any: the
-        first one, and one past the last."""
+    def parts(self, entries: Ints) -> tuple[list[int], list[int]]:
+        """By request, which of some ascending entries are its own: the first, and one past the last."""
         edges = np.searchsorted(entries, self.first)
-        some = np.flatnonzero(edges[1:] > edges[:-1])
-        spans = zip(edges[some].tolist(), edges[some + 1].tolist(), strict=True)
-        return dict(zip((self.requests[i].id for i in some.tolist()), spans, strict=True))
+        low, high = np.empty_like(self.order), np.empty_like(self.order)
+        low[self.order], high[self.order] = edges[:-1], edges[1:]
+        return low.tolist(), high.tolist()
 
 
 @frozen(eq=False)
@@ -95,7 +110,7 @@ class RadixTree:
         Down a prompt the set of a block's followers only shrinks, so it changes where its size
         does. There is a boundary behind each last block with a set that is not empty.
         """
-        lead = first_places(table.ids)
+        lead = table.lead
         follows = table.shareable & (lead != np.arange(len(lead)))
         size = np.bincount(lead[follows], minlength=len(lead))
         # Only leaders' entries have a size here; a leader's blocks that it follows in end before.
@@ -126,7 +141,7 @@ class RadixTree:
         chosen = wanted[self.boundary]
         entries = self.behind[chosen]
         stops, numbers = self.table.stops(entries).tolist(), self.boundary[chosen].tolist()
-        return Cuts(stops, numbers, self.table.parts(entries))
+        return Cuts(stops, numbers, *self.table.parts(entries))
 
 
 @frozen(eq=False)
@@ -137,8 +152,10 @@ class Cuts:
     """The tokens each lies behind."""
     boundaries: list[int]
     """Which boundary each is."""
-    parts: dict[str, tuple[int, int]]
-    """Which of them lie in the prompt of a request: the first, and one past the last."""
+    low: list[int]
+    """By request: the first of them in its prompt,"""
+    high: list[int]
+    """and one past the last."""
 
 
 def ends_run(values: Ints) -> Mask:

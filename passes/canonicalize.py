@@ -2,8 +2,10 @@
 
 from typing import ClassVar
 
+import numpy as np
 from attrs import frozen
 
+from sagellm_ir.columns import NONE, Columns, Mask
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVNode, Prefill
 from sagellm_ir.passes.base import Pass, PassContext
@@ -35,6 +37,8 @@ class Canonicalize(Pass):
     needs: ClassVar[tuple[str, ...]] = ("built",)
 
     def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
+        if _is_canonical(graph.columns):
+            return graph
         graph = _drop_dead(graph, ctx)
         graph = _fold(graph, ctx)
         nodes = tuple(topological(graph.nodes, canonical_ranks(graph, graph.requests)))
@@ -42,6 +46,22 @@ class Canonicalize(Pass):
             ctx.count("sorted graphs")
             return graph.replace(nodes=nodes)
         return graph
+
+
+def _is_canonical(c: Columns) -> bool:
+    """Whether a look at the columns tells that there is nothing to do. Most graphs come from
+    `build`, which makes them so; of others it may be that only the passes over nodes can tell."""
+    if c.is_allreduce.any() or not c.is_kv.all():
+        return False
+    needed: Mask = np.zeros(len(c.nodes), dtype=bool)
+    needed[c.operands.target] = needed[c.after.target] = True
+    answers = c.is_decode | (c.is_prefill & (c.stop == c.prompt[c.request]))
+    folds = (c.prefix != NONE) & (c.code == c.code[c.prefix]) & (c.request == c.request[c.prefix])
+    order = np.stack((c.request, c.start, c.stop))
+    rises = np.diff(order) > 0
+    same = np.diff(order) == 0
+    ascends = rises[0] | (same[0] & (rises[1] | (same[1] & rises[2])))
+    return bool((answers | needed).all() and ascends.all() and not folds.any())
 
 
 def _drop_dead(graph: IRGraph, ctx: PassContext) -> IRGraph:

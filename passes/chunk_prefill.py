@@ -37,6 +37,9 @@ class ChunkPrefill(Pass):
     def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
         most = graph.target.max_tokens
         limit = min(self.tokens or most, most)
+        c = graph.columns
+        if not (c.is_prefill & (c.stop - c.start > limit)).any():
+            return graph
         size = graph.target.block_size
         names = Names(graph)
         chunks: dict[str, Sequence[KVNode]] = {}
@@ -59,7 +62,7 @@ class ChunkPrefill(Pass):
                 parts = chunks[node.name] = _copies(node, made, size, names, self.name)
                 ctx.count("moves split")
             nodes += parts
-        return finish(graph, nodes) if ctx.counts else graph
+        return finish(graph, nodes, ordered=True) if ctx.counts else graph
 
 
 def _copies(

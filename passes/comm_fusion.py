@@ -11,7 +11,6 @@ from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin, Prefill
 from sagellm_ir.nodes.allreduce import payload
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.rewrite import Names, merge
-from sagellm_ir.verify.columns import Columns
 from sagellm_ir.verify.schedule import step_workers
 
 __all__ = ["CommFusion"]
@@ -82,7 +81,7 @@ class _Fusion:
         self.owners: list[str] = []
         """The worker of each step, when there are several."""
         if len(workers) > 1:
-            self.owners = [workers[i] for i in step_workers(Columns(graph)).tolist()]
+            self.owners = [workers[i] for i in step_workers(graph.columns).tolist()]
 
     def fused(self) -> list[AllReduce]:
         """The new collectives."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from attrs import frozen
 
+from sagellm_ir.columns import Ints
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import CachedBlocks, IRGraph
 from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, Origin, Prefill
@@ -15,7 +16,6 @@ from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.blocks import BlockTable, ends_run
 from sagellm_ir.passes.rewrite import Names, finish, sources
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import Ints
 
 __all__ = ["KVReuse"]
 
@@ -109,7 +109,7 @@ def _fetched(node: Prefill, runs: Hits, names: Names) -> Iterator[IRNode]:
 
 def _hits(graph: IRGraph) -> dict[str, Hits]:
     """The hits of each request that has some."""
-    table = BlockTable(graph.requests, graph.target.block_size)
+    table = BlockTable(graph.columns, np.arange(len(graph.requests)))
     cost = CostModel(graph.target)
     names = {line.tier for line in graph.cache}
     tiers = sorted(names, key=lambda tier: (tier != DEVICE, cost.transfer(1, tier), tier))
@@ -117,7 +117,8 @@ def _hits(graph: IRGraph) -> dict[str, Hits]:
     ends = np.flatnonzero((level >= 0) & (ends_run(level) | ends_run(table.owner)))
     stops, found = table.stops(ends).tolist(), [tiers[i] for i in level[ends].tolist()]
     runs = list(zip(stops, found, strict=True))
-    return {request: runs[low:high] for request, (low, high) in table.parts(ends).items()}
+    parts = zip(graph.requests, *table.parts(ends), strict=True)
+    return {request.id: runs[low:high] for request, low, high in parts if low < high}
 
 
 def _levels_of_best_worker(

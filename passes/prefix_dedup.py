@@ -3,14 +3,16 @@
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar
+from operator import le
+from typing import ClassVar, cast
 
 import numpy as np
-from attrs import define, field, frozen, validators
+from attrs import field, frozen, validators
 
+from sagellm_ir.columns import NONE, Columns, Ints, Mask
 from sagellm_ir.cost import CostModel
-from sagellm_ir.graph import IRGraph, RequestDecl
-from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, KVMigrate, KVNode, Prefill
+from sagellm_ir.graph import IRGraph
+from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, Prefill
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.blocks import BlockTable, Cuts, RadixTree
 from sagellm_ir.passes.rewrite import (
@@ -18,16 +20,11 @@ from sagellm_ir.passes.rewrite import (
     finish,
     merge,
     part,
-    sources,
     split,
     topological,
 )
-from sagellm_ir.target import DEVICE
 
 __all__ = ["PrefixDedup"]
-
-_PROMPT = (Prefill, KVFetch, KVMigrate)
-"""Nodes whose values others may use; only those of decodes can not be shared."""
 
 
 @frozen
@@ -75,181 +72,212 @@ class PrefixDedup(Pass):
         that the walk took away may have kept a request from leading. Each walk leaves fewer tokens
         to compute, so there are few."""
         order = _leaders_first(graph)
-        tree = RadixTree.of(BlockTable(order, graph.target.block_size))
+        tree = RadixTree.of(BlockTable(graph.columns, order))
         kept = [i for i in self._worth_it(tree, CostModel(graph.target)) if ctx.may_rewrite()]
         if not kept:
             return graph, False
-        sharing = _Sharing(graph, tree.cuts(kept), ctx, self.name)
-        nodes = topological(graph.nodes, _ranks(graph, order))
-        sharing.visit(nodes)
+        sharing = _Sharing(graph, tree.cuts(kept), self.name)
+        ranks = _ranks(graph.columns, order)
+        in_order = bool((ranks[1:] >= ranks[:-1]).all())
+        visited: Sequence[int] = range(len(graph.nodes))
+        if not in_order:
+            index = graph.columns.index
+            visited = [index[node.name] for node in topological(graph.nodes, ranks.tolist())]
+        nodes = sharing.rewrite(visited)
         if not sharing.changed:
             return graph, False
-        ordered = nodes is graph.nodes
-        shared = finish(graph, sharing.nodes, sharing.gone, sharing.idle, ordered=ordered)
+        for what, number in sharing.counts.items():
+            ctx.count(what, number)
+        shared = finish(graph, nodes, sharing.gone, sharing.idle, ordered=in_order)
         return shared, sharing.again
 
-    def _worth_it(self, tree: "RadixTree", cost: CostModel) -> list[int]:
+    def _worth_it(self, tree: RadixTree, cost: CostModel) -> list[int]:
         """The boundaries to keep, in leaders' order. Followers of others go to the one above."""
-        stop, parent, followers = tree.stop.tolist(), tree.parent.tolist(), tree.followers.tolist()
+        parent, followers = tree.parent.tolist(), tree.followers.tolist()
+        above = np.where(tree.parent >= 0, tree.stop[tree.parent], 0)
+        tokens, saves = (tree.stop - above).tolist(), cost.prefill(above, tree.stop).tolist()
         overhead = cost.target.device.step_overhead if self.gated else 0.0
         kept = []
         for i in np.argsort(-tree.stop, kind="stable").tolist():
-            above = stop[parent[i]] if parent[i] >= 0 else 0
-            saved = followers[i] * cost.prefill(above, stop[i])
-            if stop[i] - above >= self.min_tokens and saved > overhead:
+            if tokens[i] >= self.min_tokens and followers[i] * saves[i] > overhead:
                 kept.append(i)
             elif parent[i] >= 0:
                 followers[parent[i]] += followers[i]
         return sorted(kept)
 
 
-def _leaders_first(graph: IRGraph) -> list[RequestDecl]:
-    """The requests in the order in which they may lead."""
-    waiting = {n.request for n in graph.nodes if n.after and isinstance(n, KVNode)}
-    return sorted(graph.requests, key=lambda r: (r.arrival, r.id in waiting, -r.priority))
+def _leaders_first(graph: IRGraph) -> Ints:
+    """The requests, as indexes, in the order in which they may lead."""
+    c = graph.columns
+    waiting: Mask = np.zeros(len(graph.requests), dtype=bool)
+    waiting[c.request[c.is_kv & (c.after.count > 0)]] = True
+    arrivals = [request.arrival for request in graph.requests]
+    urgent = [-request.priority for request in graph.requests]
+    keys = list(zip(arrivals, waiting.tolist(), urgent, strict=True))
+    if all(map(le, keys, keys[1:])):
+        return np.arange(len(keys))
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__))
 
 
-def _ranks(graph: IRGraph, order: list[RequestDecl]) -> list[int]:
+def _ranks(c: Columns, order: Ints) -> Ints:
     """The place of each node's request; what is no KV stays behind the node before it."""
-    places = {request.id: i for i, request in enumerate(order)}
-    ranks, place = [], 0
-    for node in graph.nodes:
-        if isinstance(node, KVNode):
-            place = places[node.request]
-        ranks.append(place)
-    return ranks
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    last_kv = np.maximum.accumulate(np.where(c.is_kv, np.arange(len(c.nodes)), 0))
+    return places[c.request[last_kv]]
 
 
-@define
 class _Sharing:
-    """Rewrites nodes, visited in topological order, so that operands are always earlier ones."""
+    """Rewrites nodes, visited in topological order, so that operands are always earlier ones.
 
-    graph: IRGraph
-    cuts: Cuts
-    ctx: PassContext
-    by: str
-    nodes: list[IRNode] = field(factory=list)
-    gone: dict[str, tuple[str, ...]] = field(factory=dict)
-    idle: set[str] = field(factory=set)
-    values: dict[int, str] = field(factory=dict)
-    """By boundary, the value that ends there."""
-    hits: dict[str, int] = field(factory=dict)
-    """By request, behind which of the cuts that others had computed in its prompt when its first
-    node was visited."""
-    waits: dict[str, tuple[str, ...]] = field(factory=dict)
-    """By node, the order edges of it and its ancestors in its request, if there are any."""
-    changed: bool = False
-    again: bool = False
-    """Whether an edge between requests was taken away."""
+    Nodes, requests and cuts are indexes; a missing one is -1. The cuts in a request's prompt are
+    those from `low` to `high`.
+    """
 
-    counts: Counter[str] = field(factory=Counter)
+    def __init__(self, graph: IRGraph, cuts: Cuts, by: str) -> None:
+        c = graph.columns
+        self.columns, self.nodes, self.cuts, self.by = c, graph.nodes, cuts, by
+        self.names = Names(graph)
+        self.request, self.prefix = c.request.tolist(), c.prefix.tolist()
+        self.start, self.stop = c.start.tolist(), c.stop.tolist()
+        self.on_device = (c.tier == c.device).tolist()
+        self.rewritable = _rewritable(c).tolist()
+        """Whether a node computes or pins a part of a prompt, and no move copies that."""
+        self.ordered = bool(c.after.names)
+        """Whether there are order edges."""
+        self.values: list[str | None] = [None] * (max(cuts.boundaries, default=-1) + 1)
+        """By boundary, the value that ends there."""
+        self.computed = [-1] * len(graph.requests)
+        """By request, behind which of the cuts that others had computed in its prompt when its
+        first node was visited; -1: none was."""
+        high, stops = np.array(cuts.high, dtype=np.int64), np.array(cuts.stops, dtype=np.int64)
+        some = high > np.array(cuts.low, dtype=np.int64)
+        self.inner: list[int] = (high - (some & (stops[high - 1] == c.prompt))).tolist()
+        """By request, one past the last cut that does not end its prompt."""
+        self.concerned: Mask = (c.is_prefill | c.is_move) & some[c.request]
+        """Nodes of a prompt with cuts: only values of decodes can not be shared."""
+        self.waits: dict[int, tuple[str, ...]] = {}
+        """By node, the order edges of it and its ancestors in its request, if there are any."""
+        self.gone: dict[str, tuple[str, ...]] = {}
+        self.left: set[int] = set()
+        """Nodes that are gone."""
+        self.idle: set[str] = set()
+        self.changed = False
+        self.again = False
+        """Whether an edge between requests was taken away."""
+        self.counts: Counter[str] = Counter()
 
-    names: Names = field(init=False)
-    copied: set[str] = field(init=False)
+    def rewrite(self, visited: Sequence[int]) -> list[IRNode]:
+        """What becomes of nodes; collectives are left out."""
+        nodes, result, done = self.nodes, list[IRNode](), 0
+        order = np.asarray(visited)
+        rest = nodes if isinstance(visited, range) else [nodes[i] for i in visited]
+        for at in np.flatnonzero(self.concerned[order]).tolist():
+            i = visited[at]
+            if self.ordered:
+                self.wait(i)
+            pieces = self.share(i) if self.rewritable[i] else self.keep(i)
+            if pieces is not None:
+                result += rest[done:at]
+                result += pieces
+                done = at + 1
+        result += rest[done:]
+        self.again |= bool(np.isin(self.columns.operands.target, list(self.left)).any())
+        if self.columns.is_allreduce.any():
+            result = [node for node in result if not isinstance(node, AllReduce)]
+        return result
 
-    def __attrs_post_init__(self) -> None:
-        self.names = Names(self.graph)
-        self.copied = sources(self.graph)
-
-    def visit(self, nodes: Sequence[IRNode]) -> None:
-        """Rewrites nodes."""
-        parts, gone, waits, take = self.cuts.parts, self.gone, self.waits, self.nodes.append
-        for node in nodes:
-            if gone and not gone.keys().isdisjoint(node.operands):
-                self.again = True
-            if isinstance(node, _PROMPT) and node.request in parts:
-                low, high = parts[node.request]
-                if node.after or waits:
-                    self.wait(node)
-                if not isinstance(node, KVMigrate) and self.rewritable(node):
-                    self.share(node, low, high)
-                else:
-                    self.keep(node, low, high)
-            elif not isinstance(node, AllReduce):
-                take(node)
-        for what, number in self.counts.items():
-            self.ctx.count(what, number)
-
-    def rewritable(self, node: Prefill | KVFetch) -> bool:
-        """Whether it computes or pins a part of the prompt, and no move copies that."""
-        return node.name not in self.copied and (isinstance(node, Prefill) or node.source is None)
-
-    def wait(self, node: KVNode) -> None:
+    def wait(self, i: int) -> None:
         """Notes the order edges of a node and its ancestors in its request."""
-        prefix = self.graph.by_name.get(node.prefix or "")
-        inherited = isinstance(prefix, KVNode) and prefix.request == node.request
-        above = self.waits.get(prefix.name, ()) if prefix and inherited else ()
-        if node.after or above:
-            self.waits[node.name] = merge(above, node.after)
+        prefix, after = self.prefix[i], self.nodes[i].after
+        inherited = prefix >= 0 and self.request[prefix] == self.request[i]
+        above = self.waits.get(prefix, ()) if inherited else ()
+        if after or above:
+            self.waits[i] = merge(above, after)
 
-    def keep(self, node: KVNode, low: int, high: int) -> None:
-        """Takes a node as it is; from now on others may use its value."""
-        self.nodes.append(node)
-        at = bisect_left(self.cuts.stops, node.stop, low, high)
-        if at < high and self.cuts.stops[at] == node.stop and node.tier == DEVICE:
-            self.values.setdefault(self.cuts.boundaries[at], node.name)
+    def keep(self, i: int) -> list[IRNode] | None:
+        """Lets others use the value of a node from now on. Nothing stands for it: it stays."""
+        cuts, request, stop = self.cuts, self.request[i], self.stop[i]
+        high = cuts.high[request]
+        at = bisect_left(cuts.stops, stop, cuts.low[request], high)
+        if at < high and cuts.stops[at] == stop and self.on_device[i]:
+            self.put(at, self.nodes[i].name)
+        return None
 
-    def share(self, node: Prefill | KVFetch, low: int, high: int) -> None:
+    def put(self, at: int, name: str) -> None:
+        """A value ends at a cut; the first one there stays."""
+        boundary = self.cuts.boundaries[at]
+        if self.values[boundary] is None:
+            self.values[boundary] = name
+
+    def share(self, i: int) -> list[IRNode] | None:
         """Replaces what others compute of a node by their value, and cuts the rest where the
-        node's request leads. The cuts in its prompt are those from `low` to `high`."""
-        stops, boundaries = self.cuts.stops, self.cuts.boundaries
-        computed = self.computed(node.request, low, high)
-        first, at = computed, bisect_left(stops, node.stop, low, high)
-        ends_here = at < high and stops[at] == node.stop
-        if at < computed and ends_here and boundaries[at] in self.values:
-            self.skip(node, node.stop, "nodes shared")
-            waits = self.waits.get(node.name, ())
-            self.gone[node.name] = merge((self.values[boundaries[at]],), waits)
-            return
-        if at >= computed > low and stops[computed - 1] > node.start:
-            self.skip(node, stops[computed - 1], "prefixes shared")
-            prefix = self.values[boundaries[computed - 1]]
-            waits = self.waits.get(node.name, ())
-            node = part(node, node.name, stops[computed - 1], node.stop, (prefix,), waits)
+        node's request leads. Returns what stands for it, or None if it stays."""
+        cuts, request, start, stop = self.cuts, self.request[i], self.start[i], self.stop[i]
+        stops, low, high = cuts.stops, cuts.low[request], cuts.high[request]
+        node = cast(Prefill | KVFetch, self.nodes[i])
+        computed = self.computed[request]
+        if computed < 0:
+            computed = self.computed[request] = self.reach(request)
+        at = bisect_left(stops, stop, low, high)
+        ends_here = at < high and stops[at] == stop
+        if at < computed and ends_here and (value := self.values[cuts.boundaries[at]]):
+            self.skip(i, stop, "nodes shared")
+            self.gone[node.name] = merge((value,), self.waits.get(i, ()))
+            self.left.add(i)
+            return []
+        pieces: list[IRNode] | None = None
+        first = computed
+        if at >= computed > low and stops[computed - 1] > start:
+            prefix = self.values[cuts.boundaries[computed - 1]]
+            assert prefix is not None, "others had computed it"
+            self.skip(i, stops[computed - 1], "prefixes shared")
+            waits = self.waits.get(i, ())
+            node = part(node, node.name, stops[computed - 1], stop, (prefix,), waits)
+            pieces = [node]
         else:
-            first = max(bisect_right(stops, node.start, low, high), computed)
+            first = max(bisect_right(stops, start, low, high), computed)
         if first < at:
-            self.lead(node, first, at)
-        else:
-            self.nodes.append(node)
+            pieces = self.lead(node, first, at)
         if ends_here:
-            self.values.setdefault(boundaries[at], node.name)
+            self.put(at, node.name)
+        return pieces
 
-    def lead(self, node: Prefill | KVFetch, first: int, at: int) -> None:
-        """Cuts a node at some cuts."""
+    def lead(self, node: Prefill | KVFetch, first: int, at: int) -> list[IRNode]:
+        """The node, cut at some cuts."""
         self.changed = True
         self.counts["prefixes led"] += at - first
         names = self.names.numbered(f"{node.name}.s")
         pieces = split(node, self.cuts.stops[first:at], names, self.by)
-        self.nodes += pieces
-        for piece, boundary in zip(pieces, self.cuts.boundaries[first:at]):  # noqa: B905
-            self.values.setdefault(boundary, piece.name)
+        for cut in range(first, at):
+            self.put(cut, pieces[cut - first].name)
+        return list(pieces)
 
-    def computed(self, request: str, low: int, high: int) -> int:
-        """Behind which of the cuts in its prompt that others had computed before its first node."""
-        if request in self.hits:
-            return self.hits[request]
-        if self.cuts.stops[high - 1] == self.graph.request[request].prompt_len:
+    def reach(self, request: int) -> int:
+        """Behind which of the cuts in its prompt that others have computed by now."""
+        low, high = self.cuts.low[request], self.inner[request]
+        values, boundaries = self.values, self.cuts.boundaries
+        while high > low and values[boundaries[high - 1]] is None:
             high -= 1
-        while high > low and self.cuts.boundaries[high - 1] not in self.values:
-            high -= 1
-        self.hits[request] = high
         return high
 
-    def skip(self, node: KVNode, until: int, what: str) -> None:
-        """Notes that `[node.start, until)` is taken from another request, and that a node no
+    def skip(self, i: int, until: int, what: str) -> None:
+        """Notes that `[start, until)` of a node is taken from another request, and that the node no
         longer needs its ancestors."""
         self.changed = True
-        counts = self.counts
-        counts[what] += 1
-        if isinstance(node, Prefill):
-            counts["tokens saved"] += until - node.start
-        if not node.start:
-            return
-        prefix = self.graph.by_name.get(node.prefix or "")
-        while isinstance(prefix, KVNode) and prefix.name not in self.idle:
-            if prefix.request != node.request:
+        self.counts[what] += 1
+        if type(self.nodes[i]) is Prefill:
+            self.counts["tokens saved"] += until - self.start[i]
+        prefix = self.prefix[i]
+        while prefix >= 0 and (name := self.nodes[prefix].name) not in self.idle:
+            if self.request[prefix] != self.request[i]:
                 self.again = True
                 return
-            self.idle.add(prefix.name)
-            prefix = self.graph.by_name.get(prefix.prefix or "")
+            self.idle.add(name)
+            prefix = self.prefix[prefix]
+
+
+def _rewritable(c: Columns) -> Mask:
+    mask: Mask = c.is_prefill | (c.is_fetch & (c.source == NONE))
+    mask[c.source[c.source != NONE]] = False
+    return mask

@@ -43,15 +43,16 @@ class Names:
     """Gives names that are new to a graph."""
 
     def __init__(self, graph: IRGraph) -> None:
-        self.taken = set(graph.by_name)
+        self._old = graph.columns.index
+        self._new: set[str] = set()
 
     def fresh(self, base: str) -> str:
         """`base`, or `base.1`, `base.2`, ...: the first that is not taken; takes it."""
         name, number = base, 0
-        while name in self.taken:
+        while name in self._old or name in self._new:
             number += 1
             name = f"{base}.{number}"
-        self.taken.add(name)
+        self._new.add(name)
         return name
 
     def numbered(self, stem: str) -> Iterator[str]:
@@ -267,9 +268,9 @@ def _with_collectives(graph: IRGraph, nodes: list[IRNode], gone: Gone) -> list[I
 
     One keeps those operands that still compute; each new prefill or decode gets one.
     """
-    sums = [node for node in graph.nodes if isinstance(node, AllReduce)]
-    if not sums:
+    if not graph.columns.is_allreduce.any():
         return nodes
+    sums = [node for node in graph.nodes if isinstance(node, AllReduce)]
     forwards = {node.name: node for node in nodes if isinstance(node, (Prefill, Decode))}
     lost = dict(gone)
     kept: dict[str, list[IRNode]] = {}

@@ -7,10 +7,18 @@ all weights once, and the KV that is read and written.
 """
 
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
 
 from attrs import frozen
 
 from sagellm_ir.target import Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Ints = npt.NDArray[np.int64]
+    Floats = npt.NDArray[np.float64]
 
 __all__ = ["CostModel"]
 
@@ -62,7 +70,11 @@ class CostModel:
         traffic = self.weight_bytes + (kv_tokens + tokens) * self.kv_token_bytes
         return device.step_overhead + max(flops / device.flops, traffic / device.bandwidth)
 
-    def prefill(self, start: int, stop: int) -> float:
+    @overload
+    def prefill(self, start: int, stop: int) -> float: ...
+    @overload
+    def prefill(self, start: "Ints", stop: "Ints") -> "Floats": ...
+    def prefill(self, start: Any, stop: Any) -> Any:
         """Arithmetic of prompt tokens `[start, stop)` inside a forward that runs anyway."""
         tokens = stop - start
         pairs = tokens * (start + stop + 1) // 2

@@ -13,6 +13,8 @@ from sagellm_ir.target import Target
 if TYPE_CHECKING:
     import networkx as nx
 
+    from sagellm_ir.columns import Columns
+
 __all__ = ["STAGES", "CachedBlocks", "IRGraph", "RequestDecl"]
 
 STAGES = ("built", "placed", "scheduled")
@@ -63,6 +65,13 @@ class IRGraph:
     stage: str = "built"
     loops: tuple[int, ...] = ()
     """Forwards of each step; empty unless scheduled."""
+
+    @cached_property
+    def columns(self) -> "Columns":
+        """The fields of requests and nodes as arrays, for the verifier, passes and lowering."""
+        from sagellm_ir.columns import Columns  # brings numpy
+
+        return Columns(self)
 
     @cached_property
     def by_name(self) -> dict[str, IRNode]:

@@ -4,7 +4,6 @@ from itertools import accumulate
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import Decode, Prefill
-from sagellm_ir.verify.columns import Columns
 from sagellm_ir.verify.schedule import step_workers
 
 __all__ = ["Steps"]
@@ -16,7 +15,7 @@ class Steps:
     def __init__(self, graph: IRGraph) -> None:
         count, workers = len(graph.loops), graph.target.workers
         self._single = len(workers) == 1
-        self.owner = [0] * count if self._single else step_workers(Columns(graph)).tolist()
+        self.owner = [0] * count if self._single else step_workers(graph.columns).tolist()
         self._before: list[list[int]] = []
         self._forwards: list[list[int]] = []
         for worker in range(len(workers)):

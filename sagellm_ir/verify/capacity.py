@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sagellm_ir.columns import NONE, Columns, Ints
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import NONE, Columns, Ints
 from sagellm_ir.verify.report import Finding, VerifyError, diagnose
 
 __all__ = ["check_capacity"]
@@ -27,7 +27,7 @@ def check_capacity(graph: IRGraph) -> None:
     if graph.stage != "scheduled":
         finding = Finding("capacity is known of scheduled graphs only", help="run 'schedule' first")
         raise VerifyError(diagnose(graph, finding))
-    if found := [diagnose(graph, finding) for finding in _overflows(Columns(graph))]:
+    if found := [diagnose(graph, finding) for finding in _overflows(graph.columns)]:
         raise VerifyError(*found)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from sagellm_ir.columns import Columns, Ints
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import Columns, Ints, first_places
 from sagellm_ir.verify.report import Finding
 
-__all__ = ["LAWS"]
+__all__ = ["LAWS", "REQUEST_LAWS"]
 
 
 _IDS = 1 << 63
@@ -72,20 +72,8 @@ def unique_requests(c: Columns) -> Iterator[Finding]:
         seen.add(request.id)
 
 
-def _same_requests(c: Columns) -> bool:
-    """Whether the requests were checked already."""
-    known = c.known
-    return (
-        known is not None
-        and known.requests is c.graph.requests
-        and known.target.block_size == c.graph.target.block_size
-    )
-
-
 def whole_prompts(c: Columns) -> Iterator[Finding]:
     """A prompt has tokens, and one block id for each full block."""
-    if _same_requests(c):
-        return
     size = c.graph.target.block_size
     for request in c.graph.requests:
         if request.prompt_len < 1:
@@ -110,12 +98,12 @@ def _owners(c: Columns) -> Ints:
 def chained_blocks(c: Columns) -> Iterator[Finding]:
     """A block id stands for a chain: wherever it occurs, the same block stands before it, and the
     first one belongs to one adapter and tenant. So no id stands twice in one prompt."""
-    if _same_requests(c) or not len(c.ids) or c.ids.min() < 0:
+    if not len(c.ids) or c.ids.min() < 0:
         return
     parent = np.roll(c.ids, 1)
     some = c.id_count > 0
     parent[c.id_start[some]] = ~c.space[some]
-    first = first_places(c.ids)
+    first = c.first_id
     owners = None
     for i in np.flatnonzero(parent != parent[first]).tolist():
         owners = _owners(c) if owners is None else owners
@@ -134,8 +122,6 @@ def _parent(parent: int) -> str:
 
 def sound_times(c: Columns) -> Iterator[Finding]:
     """Arrivals and deadlines are times."""
-    if _same_requests(c):
-        return
     for request in c.graph.requests:
         if not 0 <= request.arrival < math.inf:
             yield Finding(
@@ -146,12 +132,7 @@ def sound_times(c: Columns) -> Iterator[Finding]:
             yield Finding(f"request @{request.id} has a deadline that is no time", request=request)
 
 
-LAWS = (
-    known_stage,
-    whole_target,
-    cache_lines,
-    unique_requests,
-    whole_prompts,
-    chained_blocks,
-    sound_times,
-)
+LAWS = (known_stage, whole_target, cache_lines)
+
+REQUEST_LAWS = (unique_requests, whole_prompts, chained_blocks, sound_times)
+"""These depend on the requests and the block size alone."""

@@ -5,10 +5,10 @@ from itertools import islice
 
 from attrs import frozen
 
+from sagellm_ir.columns import Columns
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph, RequestDecl
 from sagellm_ir.text.printer import node_text
-from sagellm_ir.verify.columns import Columns
 
 __all__ = ["Finding", "Law", "VerifyError", "broken", "diagnose"]
 

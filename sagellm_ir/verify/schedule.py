@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sagellm_ir.columns import NONE, Columns, Ints, Mask
 from sagellm_ir.nodes import Decode
-from sagellm_ir.verify.columns import NONE, Columns, Ints, Mask
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["SCHEDULE_LAWS", "STAGE_LAWS", "step_workers"]

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sagellm_ir.columns import NONE, Columns, Ints
 from sagellm_ir.nodes import KVFetch, KVNode
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import NONE, Columns, Ints
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]

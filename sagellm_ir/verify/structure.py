@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import networkx as nx
 import numpy as np
 
+from sagellm_ir.columns import NONE, Columns, Edges
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
 from sagellm_ir.target import DEVICE
-from sagellm_ir.verify.columns import NONE, Columns, Edges
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]

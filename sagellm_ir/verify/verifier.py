@@ -2,12 +2,10 @@
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.verify import declarations, schedule, service, sharing, spans, structure
-from sagellm_ir.verify.columns import Columns
 from sagellm_ir.verify.report import VerifyError, broken
 
 __all__ = ["verify"]
 
-_FORM = (*declarations.LAWS, *structure.LAWS)
 _MEANING = (*spans.LAWS, *sharing.LAWS, *service.LAWS, *schedule.STAGE_LAWS)
 
 
@@ -26,11 +24,17 @@ def verify(graph: IRGraph, known: IRGraph | None = None) -> None:
     """
     if known is graph or (known is not None and _is_only_placed(graph, known)):
         return
-    columns = Columns(graph, known)
+    requests = () if known and _same_requests(graph, known) else declarations.REQUEST_LAWS
     timing = schedule.SCHEDULE_LAWS if graph.stage == "scheduled" else ()
-    for laws in (_FORM, _MEANING, timing):
-        if found := list(broken(columns, laws)):
+    form = (*declarations.LAWS, *requests, *structure.LAWS)
+    for laws in (form, _MEANING, timing):
+        if found := list(broken(graph.columns, laws)):
             raise VerifyError(*found)
+
+
+def _same_requests(graph: IRGraph, known: IRGraph) -> bool:
+    same_size = known.target.block_size == graph.target.block_size
+    return known.requests is graph.requests and same_size
 
 
 def _is_only_placed(graph: IRGraph, known: IRGraph) -> bool:

@@ -8,7 +8,6 @@ from sagellm_ir.nodes import AllReduce, Decode, IRNode
 from sagellm_ir.passes.base import PassContext
 from sagellm_ir.passes.comm_fusion import CommFusion
 from sagellm_ir.verify import verify
-from sagellm_ir.verify.columns import Columns
 from sagellm_ir.verify.schedule import step_workers
 from tests.strategies import graphs
 
@@ -25,7 +24,7 @@ def lasts(node: IRNode) -> int:
 def rows(graph: IRGraph, step: int) -> set[str]:
     """Nodes that have a row in the forwards of a step."""
     found = set()
-    owner = graph.target.workers[int(step_workers(Columns(graph))[step])].name
+    owner = graph.target.workers[int(step_workers(graph.columns)[step])].name
     for node in graph.nodes:
         if (node.worker or graph.target.workers[0].name) != owner:
             continue

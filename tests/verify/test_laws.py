@@ -30,6 +30,7 @@ CASES = [
 ]
 LAWS = (
     *declarations.LAWS,
+    *declarations.REQUEST_LAWS,
     *structure.LAWS,
     *spans.LAWS,
     *sharing.LAWS,

@@ -1,16 +1,18 @@
-"""`Columns`: a graph as flat arrays, so that a law is a few array operations over all nodes."""
+"""`Columns`: a graph as flat arrays, so that a law or a pass is a few array operations over all nodes."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain, compress, repeat
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.target import DEVICE
+
+if TYPE_CHECKING:
+    from sagellm_ir.graph import IRGraph
 
 __all__ = ["NONE", "Columns", "Edges", "Ints", "Mask", "first_places"]
 
@@ -23,6 +25,9 @@ NONE = -1
 _IDS = 1 << 63
 
 _OTHER, _PREFILL, _DECODE, _FETCH, _MIGRATE, _ALLREDUCE = range(6)
+_AT_ONCE = 2048
+"""Nodes that are read at a time."""
+
 _CODES: dict[type[IRNode], int] = {
     Prefill: _PREFILL,
     Decode: _DECODE,
@@ -32,8 +37,9 @@ _CODES: dict[type[IRNode], int] = {
 }
 
 
-def _ints(values: Iterable[Any]) -> Ints:
-    return np.fromiter(values, dtype=np.int64)
+def _ints(values: Iterable[Any], count: int = -1) -> Ints:
+    """Knowing the count, numpy need not grow the array."""
+    return np.fromiter(values, np.int64, count)
 
 
 def _indexes(values: list[Any], index: dict[Any, int]) -> Ints:
@@ -43,12 +49,12 @@ def _indexes(values: list[Any], index: dict[Any, int]) -> Ints:
     return _ints(map(index.get, values, repeat(NONE)))
 
 
-def _steps(values: list[int | None]) -> Ints:
-    """Steps, and `NONE` for None."""
+def _numbers(values: list[int | None]) -> Ints:
+    """Numbers, and `NONE` for None."""
     unset = values.count(None)
     if unset == len(values):
         return np.full(unset, NONE, dtype=np.int64)
-    return _ints([NONE if step is None else step for step in values] if unset else values)
+    return _ints([NONE if value is None else value for value in values] if unset else values)
 
 
 def first_places(ids: Ints) -> Ints:
@@ -65,13 +71,14 @@ class Edges:
     """Edges from nodes to the nodes they name."""
 
     def __init__(self, lists: Sequence[tuple[str, ...]], index: dict[str, int]) -> None:
-        self.count = _ints(map(len, lists))
+        self.names = list(chain.from_iterable(lists))
+        count = len(lists)
+        self.count = _ints(map(len, lists), count) if self.names else np.zeros(count, np.int64)
         """For each node, how many names it gives."""
         self.start = np.cumsum(self.count) - self.count
         """For each node, its first edge, if it has one."""
-        self.user = np.repeat(np.arange(len(lists)), self.count)
-        self.names = list(chain.from_iterable(lists))
-        self.target = _ints(map(index.get, self.names, repeat(NONE)))
+        self.user = np.repeat(np.arange(count), self.count)
+        self.target = _ints(map(index.get, self.names, repeat(NONE)), len(self.names))
         """For each edge, the node it names; `NONE` when there is no such node."""
 
     def nth(self, nodes: Mask, place: Ints | int) -> Ints:
@@ -86,39 +93,80 @@ class Columns:
 
     Arrays over names (`prefix`, `request`, ...) hold indexes, and `NONE` where there is nothing.
     What stands behind the structure laws (`prefix` and later) needs a graph that obeys them.
-    Each field of each node is read once, and properties of nodes are worked out of these.
+    The nodes are read once, a few thousand at a time so that they stay in the processor's cache,
+    and properties of nodes are worked out of what was read.
     """
 
-    def __init__(self, graph: IRGraph, known: IRGraph | None = None) -> None:
+    def __init__(self, graph: "IRGraph") -> None:
         self.graph = graph
         self.nodes = nodes = graph.nodes
-        self.known = known
-        self.names = [node.name for node in nodes]
+        self.names: list[str] = []
+        self.named_workers: list[str | None] = []
+        """The worker of each node, as the node names it."""
+        operands: list[tuple[str, ...]] = []
+        after: list[tuple[str, ...]] = []
+        self._steps: list[int | None] = []
+        codes: list[int] = []
+        spans: list[KVNode] = []
+        requests: list[str] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        for low in range(0, len(nodes), _AT_ONCE):
+            some = nodes[low : low + _AT_ONCE]
+            kinds = [_CODES.get(type(node), _OTHER) for node in some]
+            self.names += [node.name for node in some]
+            operands += [node.operands for node in some]
+            after += [node.after for node in some]
+            self._steps += [node.step for node in some]
+            self.named_workers += [node.worker for node in some]
+            codes += kinds
+            every = _OTHER not in kinds and _ALLREDUCE not in kinds
+            spans = cast(
+                list[KVNode], some if every else [n for n in some if isinstance(n, KVNode)]
+            )
+            requests += [node.request for node in spans]
+            starts += [node.start for node in spans]
+            stops += [node.stop for node in spans]
         self.index = dict(zip(self.names, range(len(nodes)), strict=True))
-        self.operands = Edges([node.operands for node in nodes], self.index)
-        self.after = Edges([node.after for node in nodes], self.index)
-        codes = np.fromiter(map(_CODES.get, map(type, nodes), repeat(_OTHER)), dtype=np.int8)
-        self.is_prefill: Mask = codes == _PREFILL
-        self.is_decode: Mask = codes == _DECODE
-        self.is_fetch: Mask = codes == _FETCH
-        self.is_migrate: Mask = codes == _MIGRATE
-        self.is_allreduce: Mask = codes == _ALLREDUCE
+        """Nodes by name."""
+        self.operands = Edges(operands, self.index)
+        self.after = Edges(after, self.index)
+        self.code = np.array(codes, dtype=np.int8)
+        """Kinds, as numbers in no order that means anything."""
+        self.is_prefill: Mask = self.code == _PREFILL
+        self.is_decode: Mask = self.code == _DECODE
+        self.is_fetch: Mask = self.code == _FETCH
+        self.is_migrate: Mask = self.code == _MIGRATE
+        self.is_allreduce: Mask = self.code == _ALLREDUCE
         self.is_move: Mask = self.is_fetch | self.is_migrate
         self.is_forward: Mask = self.is_prefill | self.is_decode
         self.is_kv: Mask = self.is_forward | self.is_move
-        for i in np.flatnonzero(codes == _OTHER).tolist():
+        for i in np.flatnonzero(self.code == _OTHER).tolist():
             self.is_kv[i] = isinstance(nodes[i], KVNode)
         self.request_index = {request.id: i for i, request in enumerate(graph.requests)}
         self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
         self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
-        self.prompt = _ints([request.prompt_len for request in graph.requests])
-        self.end = self.prompt + _ints([request.max_new_tokens for request in graph.requests])
+        self.request = self._spread(map(self.request_index.get, requests, repeat(NONE)), NONE)
+        self.start = self._spread(starts, 0)
+        self.stop = self._spread(stops, 0)
+
+    def _spread(self, values: Iterable[Any], default: int) -> Ints:
+        """Values of the KV nodes, with a default for the other nodes."""
+        if self.is_kv.all():
+            return _ints(values, len(self.nodes))
+        column: Ints = np.full(len(self.nodes), default, dtype=np.int64)
+        column[self.is_kv] = _ints(values)
+        return column
 
     @cached_property
-    def kv(self) -> Sequence[Any]:
-        """The KV nodes, in order."""
-        every = bool(self.is_kv.all())
-        return self.nodes if every else list(compress(self.nodes, self.is_kv.tolist()))
+    def prompt(self) -> Ints:
+        """Tokens of each request's prompt."""
+        return _ints([request.prompt_len for request in self.graph.requests])
+
+    @cached_property
+    def end(self) -> Ints:
+        """Tokens of each request, prompt and answer."""
+        return self.prompt + _ints([request.max_new_tokens for request in self.graph.requests])
 
     @cached_property
     def ids(self) -> Ints:
@@ -126,9 +174,14 @@ class Columns:
         (it does not fit 64 bits) shows as -1."""
         blocks = [request.blocks for request in self.graph.requests]
         try:
-            return np.fromiter(chain.from_iterable(blocks), dtype=np.int64)
+            return _ints(chain.from_iterable(blocks), int(self.id_count.sum()))
         except OverflowError:
             return _ints(id if id < _IDS else NONE for ids in blocks for id in ids)
+
+    @cached_property
+    def first_id(self) -> Ints:
+        """For each of `ids`, where it stands first."""
+        return first_places(self.ids)
 
     @cached_property
     def id_count(self) -> Ints:
@@ -147,30 +200,6 @@ class Columns:
         pairs = list(zip([r.adapter for r in requests], [r.tenant for r in requests], strict=True))
         spaces = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         return _ints(map(spaces.__getitem__, pairs))
-
-    def _spread(self, values: Iterable[Any], default: int = NONE) -> Ints:
-        """Values of the KV nodes, with a default for the other nodes."""
-        column: Ints = np.full(len(self.nodes), default, dtype=np.int64)
-        column[self.is_kv] = _ints(values)
-        return column
-
-    @cached_property
-    def request(self) -> Ints:
-        names = [node.request for node in self.kv]
-        return self._spread(map(self.request_index.get, names, repeat(NONE)))
-
-    @cached_property
-    def start(self) -> Ints:
-        return self._spread([node.start for node in self.kv], 0)
-
-    @cached_property
-    def stop(self) -> Ints:
-        return self._spread([node.stop for node in self.kv], 0)
-
-    @cached_property
-    def named_workers(self) -> list[str | None]:
-        """The worker of each node, as the node names it."""
-        return [node.worker for node in self.nodes]
 
     @cached_property
     def worker(self) -> Ints:
@@ -205,14 +234,15 @@ class Columns:
 
     @cached_property
     def step(self) -> Ints:
-        return _steps([node.step for node in self.nodes])
+        """The step of each node that has one."""
+        return _numbers(self._steps)
 
     @cached_property
     def until(self) -> Ints:
         """The last step of each decode that has one."""
         until: Ints = np.full(len(self.nodes), NONE, dtype=np.int64)
         decodes = compress(self.nodes, self.is_decode.tolist())
-        until[self.is_decode] = _steps([cast(Decode, node).until for node in decodes])
+        until[self.is_decode] = _numbers([cast(Decode, node).until for node in decodes])
         return until
 
     @cached_property

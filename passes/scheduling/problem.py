@@ -2,19 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 
+import numpy as np
 from attrs import field, frozen
 
+from sagellm_ir.columns import NONE, Columns, Ints
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.nodes import (
-    Decode,
-    KVFetch,
-    KVMigrate,
-    KVNode,
-    Prefill,
-)
+from sagellm_ir.nodes import KVFetch, KVMigrate
 from sagellm_ir.target import DEVICE
 
 __all__ = ["COLLECTIVE", "DECODE", "MOVE", "PREFILL", "Problem", "flatten"]
@@ -68,98 +63,67 @@ class Problem:
 
 
 def flatten(graph: IRGraph) -> Problem:
-    """Looks at every node once. A collective is no unit of work: it runs with its operands."""
-    problem, ordered = _read(graph)
-    operands, users, waits = problem.operands, problem.users, problem.waits
-    for i, reads in enumerate(operands):
-        if problem.kind[i] != COLLECTIVE:
-            for read in reads:
-                users[read].append(i)
-    if ordered:
-        index = {node.name: i for i, node in enumerate(graph.nodes)}
-        made_by = {decode: prefill for prefill, decode in problem.instant.items()}
-        for i in ordered:
-            at = made_by.get(i, i)
-            found = [index[name] for name in graph.nodes[i].after]
-            waits[at] = [*waits[at], *_units(problem, found)]
-        for i in sorted({made_by.get(i, i) for i in ordered}):
-            for wait in waits[i]:
-                problem.followers[wait].append(i)
-    problem.rank.extend(_ranks(graph, users, operands, problem.owned))
+    """The graph's columns as lists. A collective is no unit of work: it runs with its operands."""
+    c = graph.columns
+    unit = c.is_kv[c.operands.user]
+    wanted, takers = c.operands.target[unit], c.operands.user[unit]
+    kind = np.where(c.is_prefill, PREFILL, np.where(c.is_decode, DECODE, MOVE))
+    kind[~c.is_kv] = COLLECTIVE
+    size = np.where(c.is_prefill, c.stop - c.start, c.forwards)
+    # the prefill that ends the prompt has made the first token already
+    instant = np.flatnonzero(c.is_decode & (size == 0) & c.is_prefill[c.prefix])
+    owner = c.request[c.is_kv]
+    problem = Problem(
+        graph=graph,
+        kind=kind.tolist(),
+        size=size.tolist(),
+        start=c.start.tolist(),
+        stop=c.stop.tolist(),
+        ends=(c.is_prefill & (c.stop == c.prompt[c.request])).tolist() if len(c.nodes) else [],
+        blocks=np.where(c.tier == c.device, c.blocks, 0).tolist(),
+        prefix=c.prefix.tolist(),
+        operands=_groups(c.operands.target, c.operands.count),
+        waits=[[]] * len(c.nodes),
+        users=_groups(
+            takers[np.argsort(wanted, kind="stable")], np.bincount(wanted, minlength=len(c.nodes))
+        ),
+        worker=np.maximum(c.worker, 0).tolist(),
+        owner=c.request.tolist(),
+        owned=_groups(
+            np.flatnonzero(c.is_kv)[np.argsort(owner, kind="stable")],
+            np.bincount(owner, minlength=len(graph.requests)),
+        ),
+        copied=set(c.source[c.source != NONE].tolist()),
+        instant=dict(zip(c.prefix[instant].tolist(), instant.tolist(), strict=True)),
+    )
+    if c.after.names:
+        _read_order(problem, c)
+    problem.rank.extend(_ranks(graph, problem.users, problem.operands, problem.owned))
     return problem
 
 
-def _units(problem: Problem, nodes: list[int]) -> Iterator[int]:
-    """The units of work behind some nodes: to wait for a collective is to wait for its operands."""
-    for node in nodes:
-        yield from problem.operands[node] if problem.kind[node] == COLLECTIVE else (node,)
+def _groups(values: Ints, counts: Ints) -> list[list[int]]:
+    """Values in groups of so many each. Empty groups are one and the same list."""
+    flat, nothing, stop = values.tolist(), list[int](), 0
+    groups = []
+    for count in counts.tolist():
+        groups.append(flat[stop : stop + count] if count else nothing)
+        stop += count
+    return groups
 
 
-def _read(graph: IRGraph) -> tuple[Problem, list[int]]:
-    """What each node says of itself, and the units of work with order edges."""
-    nodes, count, block_size = graph.nodes, len(graph.nodes), graph.target.block_size
-    requests = {request.id: i for i, request in enumerate(graph.requests)}
-    prompt = [request.prompt_len for request in graph.requests]
-    places = {worker.name: i for i, worker in enumerate(graph.target.workers)}
-    nothing: list[int] = []
-    problem = Problem(
-        graph=graph,
-        kind=[COLLECTIVE] * count,
-        size=[0] * count,
-        start=[0] * count,
-        stop=[0] * count,
-        ends=[False] * count,
-        blocks=[0] * count,
-        prefix=[-1] * count,
-        operands=[nothing] * count,
-        waits=[nothing] * count,
-        users=[[] for _ in nodes],
-        worker=[0] * count,
-        owner=[-1] * count,
-        owned=[[] for _ in requests],
-    )
-    kind, size, prefix, operands = problem.kind, problem.size, problem.prefix, problem.operands
-    index: dict[str, int] = {}
-    ordered: list[int] = []
-    for i, node in enumerate(nodes):
-        index[node.name] = i
-        if node.operands:
-            operands[i] = reads = [index[name] for name in node.operands]
-        if node.worker:
-            problem.worker[i] = places[node.worker]
-        if not isinstance(node, KVNode):
-            continue
-        if node.after:
-            ordered.append(i)
-        start, stop, request = node.start, node.stop, requests[node.request]
-        problem.start[i], problem.stop[i], problem.owner[i] = start, stop, request
-        problem.owned[request].append(i)
-        if not isinstance(node, (Prefill, Decode)):
-            kind[i] = MOVE
-            _read_move(problem, i, node, index)
-            continue
-        problem.blocks[i] = -(-stop // block_size) + -start // block_size
-        if start:
-            prefix[i] = reads[-1]
-        if isinstance(node, Prefill):
-            kind[i], size[i] = PREFILL, stop - start
-            problem.ends[i] = stop == prompt[request]
-            continue
-        # the prefill that ends the prompt has made the first token already
-        kind[i], size[i] = DECODE, stop - start - (start == prompt[request])
-        if not size[i] and kind[prefix[i]] == PREFILL:
-            problem.instant[prefix[i]] = i
-    return problem, ordered
-
-
-def _read_move(problem: Problem, i: int, node: KVNode, index: dict[str, int]) -> None:
-    if node.tier == DEVICE:
-        size = problem.graph.target.block_size
-        problem.blocks[i] = -(-node.stop // size) + -node.start // size
-    if node.prefix:
-        problem.prefix[i] = index[node.prefix]
-    if isinstance(node, (KVFetch, KVMigrate)) and node.source is not None:
-        problem.copied.add(index[node.source])
+def _read_order(problem: Problem, c: Columns) -> None:
+    """Order edges between units of work. One with a collective is one with its operands, and one
+    to a decode without forwards is one to its prefill."""
+    made_by = {decode: prefill for prefill, decode in problem.instant.items()}
+    unit = c.is_kv[c.after.user]
+    for user, node in zip(c.after.user[unit].tolist(), c.after.target[unit].tolist(), strict=True):
+        at = made_by.get(user, user)
+        units = problem.operands[node] if problem.kind[node] == COLLECTIVE else [node]
+        problem.waits[at] = problem.waits[at] + units
+    for i, waits in enumerate(problem.waits):
+        for wait in waits:
+            problem.followers[wait].append(i)
 
 
 def _ranks(

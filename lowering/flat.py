@@ -1,25 +1,18 @@
-"""`FlatGraph`: a scheduled graph as flat arrays and per-step lists, for one fast pass over it."""
+"""`FlatGraph`: a scheduled graph as flat lists and per-step lists, for one fast pass over it."""
 
 from collections import defaultdict
 from functools import cached_property
 
+import numpy as np
+
+from sagellm_ir.columns import NONE, Columns, Ints
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.nodes import (
-    KINDS,
-    AllReduce,
-    Decode,
-    IRNode,
-    KVFetch,
-    KVMigrate,
-    KVNode,
-    Prefill,
-)
+from sagellm_ir.nodes import KINDS, AllReduce, IRNode, KVNode
 from sagellm_ir.target import DEVICE
 
-__all__ = ["FlatGraph"]
+__all__ = ["NONE", "FlatGraph"]
 
-NONE = -1
 PerStep = dict[int, list[int]]
 
 
@@ -32,41 +25,46 @@ class FlatGraph:
 
     def __init__(self, graph: IRGraph) -> None:
         self.graph = graph
-        count, steps = len(graph.nodes), len(graph.loops)
-        self.parent = [NONE] * count
+        c = graph.columns
+        _check(c)
+        self.parent: list[int] = c.prefix.tolist()
         """The node's prefix."""
-        self.source = [NONE] * count
+        self.source: list[int] = c.source.tolist()
         """What a move copies."""
-        self.request = [""] * count
-        self.tier = [DEVICE] * count
+        self.owner: list[int] = c.request.tolist()
+        """The number of the node's request in the graph."""
+        names = [request.id for request in graph.requests]
+        self.request = [names[owner] if owner != NONE else "" for owner in self.owner]
+        tiers = [tier.name for tier in graph.target.tiers]
+        self.tier = [tiers[tier] if tier != NONE else DEVICE for tier in c.tier.tolist()]
         """Where the value lives."""
-        self.start = [0] * count
-        self.stop = [0] * count
-        self.span = [0] * count
+        self.start: list[int] = c.start.tolist()
+        self.stop: list[int] = c.stop.tolist()
+        self.span: list[int] = (c.stop - c.start).tolist()
         """Tokens of `[start, stop)`."""
-        self.first = [0] * count
+        self.first: list[int] = c.first_block.tolist()
         """Index of the first block it owns, in its request's table."""
-        self.blocks = [0] * count
+        self.blocks: list[int] = c.blocks.tolist()
         """Blocks it owns."""
-        self.last = [0] * count
-        """The last step that needs it."""
-        self.forwards = [0] * count
+        self.forwards: list[int] = c.forwards.tolist()
         """Of decodes: one less than tokens when the prefill before made the first token."""
-        self.moves: PerStep = defaultdict(list)
+        self.moves = _by_step(np.flatnonzero(c.is_move), c.step)
         """Fetches and migrates of each step, in node order; the same for the next three."""
-        self.prefills: PerStep = defaultdict(list)
-        self.decodes: PerStep = defaultdict(list)
-        self.reduces: PerStep = defaultdict(list)
-        self.ended: PerStep = defaultdict(list)
+        self.prefills = _by_step(np.flatnonzero(c.is_prefill), c.step)
+        self.decodes = _by_step(np.flatnonzero(c.is_decode), c.step)
+        self.reduces = _by_step(np.flatnonzero(c.is_allreduce), c.step)
+        self.ended = _by_step(np.flatnonzero(c.is_decode), c.finish + 1)
         """Decodes and collectives that ran for the last time in the step before each step."""
-        self.dead: PerStep = defaultdict(list)
+        self.dead = _by_step(np.flatnonzero(c.is_kv)[::-1], c.last_use + 1)
         """Values whose last use was in the step before each step."""
-        self.worker: list[str] = []
+        workers = [worker.name for worker in graph.target.workers]
+        self.worker = [workers[max(worker, 0)] for worker in c.worker.tolist()]
         """The worker of each node."""
-        self.step_worker: list[str] = [""] * steps
-        self._read(graph)
-        self._live()
-        self._place(graph)
+        self.step_worker = [workers[0]] * len(graph.loops)
+        if self.reduces:
+            self._end_reduces(c)
+        if len(workers) > 1:
+            self._place(workers)
 
     def kv(self, i: int) -> KVNode:
         """Node `i`, known to hold KV."""
@@ -82,97 +80,30 @@ class FlatGraph:
             children.setdefault(parent, []).append(i)
         return children
 
-    def _read(self, graph: IRGraph) -> None:
-        block_size, steps = graph.target.block_size, len(graph.loops)
-        default = graph.target.workers[0].name
-        lists: dict[type[IRNode], PerStep] = {
-            Prefill: self.prefills,
-            Decode: self.decodes,
-            KVFetch: self.moves,
-            KVMigrate: self.moves,
-            AllReduce: self.reduces,
-        }
-        index: dict[str, int] = {}
-        for i, node in enumerate(graph.nodes):
-            index[node.name] = i
-            kind, step = type(node), node.step
-            if step is None or not 0 <= step < steps or kind not in lists:
-                raise _unplaced(node, steps)
-            lists[kind][step].append(i)
-            self.worker.append(node.worker or default)
-            self.last[i] = step
-            if not isinstance(node, KVNode):
-                last = max((self.last[index[name]] for name in node.operands), default=step)
-                self.last[i] = last
-                continue
-            self.request[i] = node.request
-            self.start[i] = start = node.start
-            self.stop[i] = stop = node.stop
-            self.span[i] = stop - start
-            self.first[i] = first = -(-start // block_size)
-            self.blocks[i] = -(-stop // block_size) - first
-            if isinstance(node, Decode):
-                self._read_decode(i, node, steps)
-            elif kind is not Prefill:
-                self._read_move(i, node, index)
-                continue
-            if start:
-                self.parent[i] = index[node.operands[-1]]
-        self._end_reduces(graph)
-
-    def _end_reduces(self, graph: IRGraph) -> None:
+    def _end_reduces(self, c: Columns) -> None:
         """A collective ends with its operands, or before a later one that takes a row over."""
+        last: dict[int, int] = {}
         summed: dict[tuple[str, str], int] = {}
         for step in sorted(self.reduces):
             for i in self.reduces[step]:
-                node = graph.nodes[i]
+                node = c.nodes[i]
                 assert isinstance(node, AllReduce), node
+                last[i] = max(
+                    (int(c.finish[c.index[name]]) for name in node.operands), default=step
+                )
                 for name in node.operands:
                     before = summed.get((node.group, name), NONE)
-                    if before != NONE and graph.nodes[before].step != step:
-                        self.last[before] = min(self.last[before], step - 1)
+                    if before != NONE and c.step[before] != step:
+                        last[before] = min(last[before], step - 1)
                     summed[node.group, name] = i
-        for reduces in self.reduces.values():
-            for i in reduces:
-                self.ended[self.last[i] + 1].append(i)
+        for i, step in last.items():
+            self.ended[step + 1].append(i)
 
-    def _read_decode(self, i: int, node: Decode, steps: int) -> None:
-        until = self.last[i] if node.until is None else node.until
-        if not self.last[i] <= until < steps:
-            raise _unplaced(node, steps)
-        self.last[i] = until
-        self.ended[until + 1].append(i)
-        first = node.start == self.graph.request[node.request].prompt_len
-        self.forwards[i] = self.span[i] - first
-
-    def _read_move(self, i: int, node: KVNode, index: dict[str, int]) -> None:
-        self.tier[i] = node.tier
-        if source := node.source if isinstance(node, KVFetch | KVMigrate) else None:
-            self.source[i] = index[source]
-        if node.prefix:
-            self.parent[i] = index[node.prefix]
-
-    def _live(self) -> None:
-        """Extend each value's life to its last use: prefixes live as long as what needs them."""
-        last, nodes = self.last, self.graph.nodes
-        for i in range(len(last) - 1, NONE, -1):
-            parent, source = self.parent[i], self.source[i]
-            if parent != NONE and last[parent] < last[i]:
-                last[parent] = last[i]
-            if source != NONE and last[source] < (step := nodes[i].step or 0):
-                last[source] = step
-            if self.span[i]:
-                self.dead[last[i] + 1].append(i)
-
-    def _place(self, graph: IRGraph) -> None:
+    def _place(self, names: list[str]) -> None:
         """Find the worker of each step: that of what starts in it, or of the decodes that run."""
-        names = [worker.name for worker in graph.target.workers]
-        if len(names) == 1:
-            self.step_worker = names * len(graph.loops)
-            return
         running = dict.fromkeys(names, 0)
         worker = names[0]
-        for step in range(len(graph.loops)):
+        for step in range(len(self.graph.loops)):
             for i in self.ended.get(step, ()):
                 running[self.worker[i]] -= 1
             lasting = [*self.decodes.get(step, ()), *self.reduces.get(step, ())]
@@ -183,6 +114,23 @@ class FlatGraph:
             elif not running[worker]:
                 worker = next((name for name in names if running[name]), worker)
             self.step_worker[step] = worker
+
+
+def _check(c: Columns) -> None:
+    """Refuses nodes that lowering can not place."""
+    steps = len(c.graph.loops)
+    placed = (c.step >= 0) & (c.finish >= c.step) & (c.finish < steps)
+    known = c.is_forward | c.is_move | c.is_allreduce
+    if len(bad := np.flatnonzero(~(placed & known))):
+        raise _unplaced(c.nodes[bad[0]], steps)
+
+
+def _by_step(nodes: Ints, step: Ints) -> PerStep:
+    """Nodes by their steps, and in their order in each."""
+    lists: PerStep = defaultdict(list)
+    for at, node in zip(step[nodes].tolist(), nodes.tolist(), strict=True):
+        lists[at].append(node)
+    return lists
 
 
 def _unplaced(node: IRNode, steps: int) -> SageIRError:

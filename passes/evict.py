@@ -7,7 +7,7 @@ from attrs import Attribute, field, frozen, validators
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.eviction.emit import emit
-from sagellm_ir.passes.eviction.live import flatten
+from sagellm_ir.passes.eviction.live import fits, flatten
 from sagellm_ir.passes.eviction.steps import Steps
 from sagellm_ir.passes.eviction.sweep import Sweep
 from sagellm_ir.passes.kv_policy import policy_names
@@ -44,9 +44,9 @@ class Evict(Pass):
     what cannot be computed again."""
 
     def run(self, graph: IRGraph, ctx: PassContext) -> IRGraph:
-        live = flatten(graph)
-        if live.fits():
+        if fits(graph):
             return graph
+        live = flatten(graph)
         steps = Steps(graph)
         sweep = Sweep(live, steps, self.policy, self.spill)
         sweep.run()

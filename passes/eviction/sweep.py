@@ -17,7 +17,7 @@ from attrs import frozen
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.nodes import KVNode
-from sagellm_ir.passes.eviction.live import Live
+from sagellm_ir.passes.eviction.live import Live, peaks
 from sagellm_ir.passes.eviction.steps import Steps
 from sagellm_ir.passes.eviction.ways import Away, Pool, Ways
 from sagellm_ir.passes.kv_policy import Entry, make_policy
@@ -57,8 +57,8 @@ class Sweep:
         self.away = self.ways.away
         self.batches: list[Batch] = []
         self.request = [getattr(node, "request", "") for node in live.graph.nodes]
-        peaks, workers = live.peaks(), range(len(self.target.workers))
-        self.pools = [self._pool(worker, policy, peaks) for worker in workers]
+        most, workers = peaks(live.graph), range(len(self.target.workers))
+        self.pools = [self._pool(worker, policy, most) for worker in workers]
         self.uses = self._uses()
         """By value: heap of what will start, or come back, on top of it: step, node."""
         self.protected = self._protected()

@@ -38,12 +38,12 @@ class BlockPool:
             ready += self._returned
             ready.sort(reverse=True)
             self._returned.clear()
-        old = 0
         if len(ready) >= count:
-            old = count
-        elif self.capacity - self._unused < count:
-            old = len(ready)
-        taken = ready[: -old - 1 : -1]
+            taken = tuple(ready[: -count - 1 : -1])
+            del ready[len(ready) - count :]
+            return taken
+        old = len(ready) if self.capacity - self._unused < count else 0
+        taken = tuple(ready[: -old - 1 : -1])
         del ready[len(ready) - old :]
         fresh = range(self._unused, self._unused + count - old)
         self._unused += count - old

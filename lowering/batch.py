@@ -7,7 +7,7 @@ from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.flat import FlatGraph
 from sagellm_ir.lowering.groups import SharedRows
-from sagellm_ir.lowering.plan import Collective, PrefillChunk
+from sagellm_ir.lowering.plan import Collective, PrefillChunk, PrefixGroup
 
 __all__ = ["Batch"]
 
@@ -30,6 +30,10 @@ class Batch:
         """The rows of the chunks of this step, and the nodes where they entered."""
         self._before: dict[int, int] = {}
         """Those of the step before that have not gone on in this one."""
+        self._alone = False
+        """Whether nothing runs in this step but one chunk, which is not in the forest."""
+        self._left_out = False
+        """Whether that is so of `before`."""
         self._order: list[int] = []
         self._names: list[str] = []
         self._decode: tuple[str, ...] | None = ()
@@ -43,12 +47,23 @@ class Batch:
 
     def chunk(self, i: int, row: int) -> None:
         """A request has a chunk in this step, whose first node is `i`."""
-        self._enter(i, row)
         self._chunks[row] = i
+
+    def enter_chunks(self) -> None:
+        """All chunks of this step are known. One that is alone shares nothing, so it need not enter
+        the forest."""
+        if len(self._chunks) == 1 and not self._order and (self._left_out or not self._before):
+            self._alone, self._left_out = True, False
+            self._before.clear()
+            return
+        self._recall()
+        for row, i in self._chunks.items():
+            self._enter(i, row)
 
     def join(self, i: int, row: int) -> None:
         """A request starts decode `i`."""
         flat = self._flat
+        self._recall()
         self._enter(i, row)
         place = bisect_left(self._order, row)
         self._order.insert(place, row)
@@ -70,9 +85,22 @@ class Batch:
 
     def settle(self) -> None:
         """All chunks and decodes of this step are known: the chunks of the step before end."""
-        for row, i in self._before.items():
-            self.shared.leave(i, row)
-        self._before, self._chunks = self._chunks, {}
+        if not self._left_out:
+            for row, i in self._before.items():
+                self.shared.leave(i, row)
+        self._before, self._chunks, self._left_out = self._chunks, {}, self._alone
+
+    @property
+    def groups(self) -> tuple[PrefixGroup, ...]:
+        """The prefixes that rows of this step share."""
+        return () if self._alone else self.shared.groups
+
+    def _recall(self) -> None:
+        """Others come: the chunk that was alone, in this step or the one before, enters late."""
+        if self._left_out or self._alone:
+            for row, i in (self._chunks if self._alone else self._before).items():
+                self.shared.enter(i, row, self._graph.requests[row].id)
+            self._left_out = self._alone = False
 
     def _enter(self, i: int, row: int) -> None:
         name = self._graph.requests[row].id
@@ -90,7 +118,11 @@ class Batch:
         rows = len(self._names)
         grown = rows * (loops - 1) // 2
         tokens = logits = rows
-        pairs, read = self._context + grown, self.shared.kv_tokens + self._generated + grown
+        prefix = self.shared.kv_tokens
+        if self._alone:
+            (first,), self._alone = self._before.values(), False
+            prefix = self._flat.start[first]
+        pairs, read = self._context + grown, prefix + self._generated + grown
         for chunk in chunks:
             start, stop = chunk.start, chunk.stop
             tokens += stop - start

@@ -1,19 +1,16 @@
 """`FlatGraph`: a scheduled graph as flat lists and per-step lists, for one fast pass over it."""
 
-from collections import defaultdict
 from functools import cached_property
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints
+from sagellm_ir.columns import NONE, Columns, Ints, Mask, grouped
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KINDS, AllReduce, IRNode, KVNode
 from sagellm_ir.target import DEVICE
 
 __all__ = ["NONE", "FlatGraph"]
-
-PerStep = dict[int, list[int]]
 
 
 class FlatGraph:
@@ -48,20 +45,20 @@ class FlatGraph:
         """Blocks it owns."""
         self.forwards: list[int] = c.forwards.tolist()
         """Of decodes: one less than tokens when the prefill before made the first token."""
-        self.moves = _by_step(np.flatnonzero(c.is_move), c.step)
+        self.moves = _by_step(c, c.is_move, c.step)
         """Fetches and migrates of each step, in node order; the same for the next three."""
-        self.prefills = _by_step(np.flatnonzero(c.is_prefill), c.step)
-        self.decodes = _by_step(np.flatnonzero(c.is_decode), c.step)
-        self.reduces = _by_step(np.flatnonzero(c.is_allreduce), c.step)
-        self.ended = _by_step(np.flatnonzero(c.is_decode), c.finish + 1)
+        self.prefills = _by_step(c, c.is_prefill, c.step)
+        self.decodes = _by_step(c, c.is_decode, c.step)
+        self.reduces = _by_step(c, c.is_allreduce, c.step)
+        self.ended = _by_step(c, c.is_decode, c.finish + 1)
         """Decodes and collectives that ran for the last time in the step before each step."""
-        self.dead = _by_step(np.flatnonzero(c.is_kv)[::-1], c.last_use + 1)
-        """Values whose last use was in the step before each step."""
+        self.dead = [kv[::-1] for kv in _by_step(c, c.is_kv, c.last_use + 1)]
+        """Values whose last use was in the step before each step, from the last node on."""
         workers = [worker.name for worker in graph.target.workers]
         self.worker = [workers[max(worker, 0)] for worker in c.worker.tolist()]
         """The worker of each node."""
         self.step_worker = [workers[0]] * len(graph.loops)
-        if self.reduces:
+        if c.is_allreduce.any():
             self._end_reduces(c)
         if len(workers) > 1:
             self._place(workers)
@@ -84,8 +81,8 @@ class FlatGraph:
         """A collective ends with its operands, or before a later one that takes a row over."""
         last: dict[int, int] = {}
         summed: dict[tuple[str, str], int] = {}
-        for step in sorted(self.reduces):
-            for i in self.reduces[step]:
+        for step, reduces in enumerate(self.reduces):
+            for i in reduces:
                 node = c.nodes[i]
                 assert isinstance(node, AllReduce), node
                 last[i] = max(
@@ -97,19 +94,19 @@ class FlatGraph:
                         last[before] = min(last[before], step - 1)
                     summed[node.group, name] = i
         for i, step in last.items():
-            self.ended[step + 1].append(i)
+            self.ended[step + 1] = [*self.ended[step + 1], i]
 
     def _place(self, names: list[str]) -> None:
         """Find the worker of each step: that of what starts in it, or of the decodes that run."""
         running = dict.fromkeys(names, 0)
         worker = names[0]
         for step in range(len(self.graph.loops)):
-            for i in self.ended.get(step, ()):
+            for i in self.ended[step]:
                 running[self.worker[i]] -= 1
-            lasting = [*self.decodes.get(step, ()), *self.reduces.get(step, ())]
+            lasting = self.decodes[step] + self.reduces[step]
             for i in lasting:
                 running[self.worker[i]] += 1
-            if here := lasting or self.prefills.get(step) or self.moves.get(step):
+            if here := lasting or self.prefills[step] or self.moves[step]:
                 worker = self.worker[here[0]]
             elif not running[worker]:
                 worker = next((name for name in names if running[name]), worker)
@@ -125,12 +122,9 @@ def _check(c: Columns) -> None:
         raise _unplaced(c.nodes[bad[0]], steps)
 
 
-def _by_step(nodes: Ints, step: Ints) -> PerStep:
-    """Nodes by their steps, and in their order in each."""
-    lists: PerStep = defaultdict(list)
-    for at, node in zip(step[nodes].tolist(), nodes.tolist(), strict=True):
-        lists[at].append(node)
-    return lists
+def _by_step(c: Columns, nodes: Mask, step: Ints) -> list[list[int]]:
+    """Some nodes by their steps, in order in each; there is a last list for what is behind them."""
+    return grouped(np.flatnonzero(nodes), step[nodes], len(c.graph.loops) + 1)
 
 
 def _unplaced(node: IRNode, steps: int) -> SageIRError:

@@ -107,12 +107,12 @@ class _Lowering:
         resident = self.pools.content()
         steps = [self.step(index, loops) for index, loops in enumerate(self.graph.loops)]
         if steps:
-            self.pools.release(self.flat.dead.get(len(steps), ()))
+            self.pools.release(self.flat.dead[len(steps)])
             self.pools.drop_live()
             worker = steps[-1].worker
             if frees := self.pools.take_frees(worker):
                 steps.append(PlanStep(len(steps), worker, frees, loops=0))
-        requests = tuple(
+        requests = [
             PlanRequest(
                 decl.id,
                 max_new_tokens=decl.max_new_tokens,
@@ -128,31 +128,35 @@ class _Lowering:
                 blocks=decl.blocks,
             )
             for decl in self.graph.requests
-        )
+        ]
         retained = self.pools.content()
         name, target = self.graph.name, self.graph.target
-        return ExecutionPlan(name, target, requests, tuple(steps), resident, self.live, retained)
+        return ExecutionPlan(
+            name, target, tuple(requests), tuple(steps), resident, self.live, retained
+        )
 
     def step(self, index: int, loops: int) -> PlanStep:
         """One step: what ends, what moves, what is bound, what runs."""
         flat = self.flat
         worker = flat.step_worker[index]
-        batch = (self.fills if index in flat.prefills else self.batches)[worker]
-        self.pools.release(flat.dead.get(index, ()))
-        self.end(flat.ended.get(index, ()))
-        moves, seconds = self.move(flat.moves.get(index, ()), worker)
-        binds: list[Bind] = []
-        chunks = self.prefill(flat.prefills.get(index, ()), batch, binds)
-        self.start(flat.decodes.get(index, ()), batch, binds)
+        prefills, binds = flat.prefills[index], list[Bind]()
+        batch = (self.fills if prefills else self.batches)[worker]
+        self.pools.release(flat.dead[index])
+        if ended := flat.ended[index]:
+            self.end(ended)
+        moves, seconds = self.move(flat.moves[index], worker)
+        chunks = self.prefill(prefills, batch, binds) if prefills else ()
+        if decodes := flat.decodes[index]:
+            self.start(decodes, batch, binds)
         batch.settle()
-        for i in flat.reduces.get(index, ()):
+        for i in flat.reduces[index]:
             node = self.graph.nodes[i]
             assert isinstance(node, AllReduce), node
             batch.reduces[i] = Collective(node.group, node.bytes, node.calls, node.fused)
         kv: tuple[KVMove | KVFree, ...] = (*self.pools.take_frees(worker), *moves)
         if not loops or not (chunks or batch.decode):
             return PlanStep(index, worker, kv, tuple(binds), loops=0, cost=round(seconds, 9))
-        groups = batch.shared.groups
+        groups = batch.groups
         reduces = tuple(batch.reduces.values())
         seconds = round(seconds + batch.run(chunks, loops), 9)
         return PlanStep(
@@ -168,7 +172,7 @@ class _Lowering:
                 batch = batch if i in batch.reduces else self.fills[flat.worker[i]]
                 del batch.reduces[i]
             elif flat.forwards[i]:
-                batch.part(i, self.order[flat.request[i]])
+                batch.part(i, flat.owner[i])
 
     def move(self, moves: Iterable[int], worker: str) -> tuple[list[KVMove], float]:
         """Fetches and migrates, in node order, and their seconds."""
@@ -203,15 +207,21 @@ class _Lowering:
         return table[first : first + count]
 
     def prefill(
-        self, prefills: Iterable[int], batch: Batch, binds: list[Bind]
+        self, prefills: Sequence[int], batch: Batch, binds: list[Bind]
     ) -> tuple[PrefillChunk, ...]:
         """The chunks of a step, in request order."""
-        flat = self.flat
+        flat, answering = self.flat, self.answering
+        if len(prefills) == 1 and (name := flat.request[i := prefills[0]]) not in answering:
+            begin = self.pools.resume(i, name)
+            batch.chunk(i, flat.owner[i])
+            batch.enter_chunks()
+            self.bind(i, name, binds)
+            return (PrefillChunk(name, begin, flat.stop[i]),)
         spans: dict[str, tuple[int, int]] = {}
         reached: dict[str, int] = {}
         for i in prefills:
             name = flat.request[i]
-            if name in self.answering:
+            if name in answering:
                 name = self.heir(i)
             begin = self.pools.resume(i, name)
             reached[name] = i
@@ -223,6 +233,7 @@ class _Lowering:
                 begin, stop = spans[name]
                 assert stop == flat.start[i], self.graph.nodes[i]
                 spans[name] = begin, flat.stop[i]
+        batch.enter_chunks()
         for name, i in reached.items():
             self.bind(i, name, binds)
         names = spans if len(spans) < 2 else sorted(spans, key=self.order.__getitem__)
@@ -239,7 +250,7 @@ class _Lowering:
             self.pools.allocate(i)
             self.bind(i, name, binds)
             if flat.forwards[i]:
-                batch.join(i, self.order[name])
+                batch.join(i, flat.owner[i])
 
     def heir(self, i: int) -> str:
         """The request that runs prefill `i`: its own, or a user of it once that one is decoding."""
@@ -254,6 +265,10 @@ class _Lowering:
         """Make the table of request `name` reach to node `i`: bind what is new or changed."""
         flat, parent, old = self.flat, self.flat.parent, self.bound.get(name, NONE)
         self.bound[name] = i
+        if parent[i] == old:  # as nearly always
+            if blocks := self.pools.own[i]:
+                binds.append(Bind(name, flat.first[i], blocks))
+            return
         first, at = i, parent[i]
         while at not in (old, NONE):
             first, at = at, parent[at]

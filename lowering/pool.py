@@ -8,12 +8,12 @@ from sagellm_ir.lowering.allocator import BlockPool
 __all__ = ["Pool"]
 
 
-class Pool:
+class Pool(BlockPool):
     """Blocks are free, held by a value, or cached: pinned while a later fetch or a value needs
     them, else idle, and given back when their space is needed."""
 
     def __init__(self, capacity: int) -> None:
-        self.free = BlockPool(capacity)
+        super().__init__(capacity)
         self.block_of: dict[int, int] = {}
         """Cached content: where each id is."""
         self.pins: dict[int, int] = {}
@@ -37,20 +37,20 @@ class Pool:
 
     def give(self, blocks: Collection[int]) -> None:
         """Give blocks back."""
-        self.free.free(blocks)
+        self.free(blocks)
         self.freed += blocks
 
     def take(self, count: int) -> tuple[int, ...] | None:
         """Take blocks, or None if too few are free; drop as much idle content as that needs."""
-        short = count - self.free.free_blocks
-        if short > 0:
+        if count > self.free_blocks:
+            short = count - self.free_blocks
             if short > len(self.idle):
                 return None
             dropped = list(islice(self.idle, short))
             for content in dropped:
                 del self.idle[content]
             self.give([self.block_of.pop(content) for content in dropped])
-        return self.free.take(count)
+        return super().take(count)
 
     def keep(self, content: int, block: int) -> None:
         """Cache what a dead block holds, or touch the copy there is and give this one back."""

@@ -65,7 +65,7 @@ class Pools:
         if count is None:
             count = self._flat.blocks[i]
         if count:
-            self.own[i] = self._take(i, count)
+            self.own[i] = self._home[i].take(count) or self._squeeze(i, count)
 
     def resume(self, i: int, name: str) -> int:
         """Allocate for prefill `i` of request `name`; if that starts in the request's live block,
@@ -85,7 +85,9 @@ class Pools:
             self.allocate(i)
             return start
         del self._live[name]
-        self.own[i] = (live.block, *self._take(i, flat.blocks[i] - 1))
+        more = flat.blocks[i] - 1
+        rest = (self._home[i].take(more) or self._squeeze(i, more)) if more else ()
+        self.own[i] = (live.block, *rest)
         return live.tokens
 
     def drop_live(self) -> None:
@@ -94,12 +96,11 @@ class Pools:
             self._pools[DEVICE, live.worker or self._default].give((live.block,))
         self._live.clear()
 
-    def _take(self, i: int, count: int) -> tuple[int, ...]:
+    def _squeeze(self, i: int, count: int) -> tuple[int, ...]:
+        """Take blocks for node `i` although too few are free: live blocks give way."""
         pool = self._home[i]
+        self.drop_live()
         blocks = pool.take(count)
-        if blocks is None and self._live:
-            self.drop_live()
-            blocks = pool.take(count)
         if blocks is None:
             raise self._full(i, pool)
         return blocks
@@ -119,16 +120,18 @@ class Pools:
 
     def release(self, dead: Iterable[int]) -> None:
         """Give back what dead values own, and unpin what was read."""
-        for i in self._read:
-            self._unpin(i)
-        self._read.clear()
+        if self._read:
+            for i in self._read:
+                self._unpin(i)
+            self._read.clear()
+        own, home, pinned = self.own, self._home, self._pinned
         for i in dead:
-            if i in self._pinned:
+            if pinned and i in pinned:
                 self._unpin(i)
             elif self._retain:
                 self._keep(i)
-            elif blocks := self.own[i]:
-                self._home[i].give(blocks)
+            elif blocks := own[i]:
+                home[i].give(blocks)
 
     def take_frees(self, worker: str) -> tuple[KVFree, ...]:
         """What was given back since the last call, as seen from a step of `worker`."""
@@ -161,15 +164,13 @@ class Pools:
     def _reserve(self, tier: str, worker: str | None, blocks: Collection[int]) -> None:
         pool = self._pools[tier, worker or self._default]
         try:
-            pool.free.reserve(blocks)
+            pool.reserve(blocks)
         except ValueError:
-            raise _bad_cache(
-                f"of tier {tier!r} does not fit its {pool.free.capacity} blocks"
-            ) from None
+            raise _bad_cache(f"of tier {tier!r} does not fit its {pool.capacity} blocks") from None
 
     def _pin(self) -> None:
         flat = self._flat
-        for moves in flat.moves.values():
+        for moves in flat.moves:
             for i in moves:
                 if flat.source[i] != NONE:
                     continue
@@ -224,12 +225,12 @@ class Pools:
 
     def _full(self, i: int, pool: Pool) -> SageIRError:
         node = self._flat.kv(i)
-        free = pool.free.free_blocks + len(pool.idle)
+        free = pool.free_blocks + len(pool.idle)
         return SageIRError(
             Diagnostic(
                 f"KV does not fit: in step {node.step}, %{node.name} needs "
                 f"{self._flat.blocks[i]} blocks of tier {node.tier!r} on worker "
-                f"{self._flat.worker[i]!r}, and {free} of {pool.free.capacity} are free",
+                f"{self._flat.worker[i]!r}, and {free} of {pool.capacity} are free",
                 node.loc,
                 help="run the pass 'evict' after 'schedule', or give the tier more blocks",
             )

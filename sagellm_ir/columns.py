@@ -14,7 +14,7 @@ from sagellm_ir.target import DEVICE
 if TYPE_CHECKING:
     from sagellm_ir.graph import IRGraph
 
-__all__ = ["NONE", "Columns", "Edges", "Ints", "Mask", "first_places"]
+__all__ = ["NONE", "Columns", "Edges", "Ints", "Mask", "first_places", "grouped"]
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -65,6 +65,17 @@ def first_places(ids: Ints) -> Ints:
         return table[ids]
     _, first, which = np.unique(ids, return_index=True, return_inverse=True)
     return first[which]
+
+
+def grouped(values: Ints, keys: Ints, count: int) -> list[list[int]]:
+    """For each key below `count`, the values that have it, in their order. Keys without values have
+    one empty list in common."""
+    flat = values[np.argsort(keys, kind="stable")].tolist()
+    groups, nothing, stop = [], list[int](), 0
+    for size in np.bincount(keys, minlength=count).tolist():
+        groups.append(flat[stop : stop + size] if size else nothing)
+        stop += size
+    return groups
 
 
 class Edges:

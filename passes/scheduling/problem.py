@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 from attrs import field, frozen
 
-from sagellm_ir.columns import NONE, Columns, Ints
+from sagellm_ir.columns import NONE, Columns, grouped
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch, KVMigrate
@@ -72,7 +72,6 @@ def flatten(graph: IRGraph) -> Problem:
     size = np.where(c.is_prefill, c.stop - c.start, c.forwards)
     # the prefill that ends the prompt has made the first token already
     instant = np.flatnonzero(c.is_decode & (size == 0) & c.is_prefill[c.prefix])
-    owner = c.request[c.is_kv]
     problem = Problem(
         graph=graph,
         kind=kind.tolist(),
@@ -82,17 +81,12 @@ def flatten(graph: IRGraph) -> Problem:
         ends=(c.is_prefill & (c.stop == c.prompt[c.request])).tolist() if len(c.nodes) else [],
         blocks=np.where(c.tier == c.device, c.blocks, 0).tolist(),
         prefix=c.prefix.tolist(),
-        operands=_groups(c.operands.target, c.operands.count),
+        operands=grouped(c.operands.target, c.operands.user, len(c.nodes)),
         waits=[[]] * len(c.nodes),
-        users=_groups(
-            takers[np.argsort(wanted, kind="stable")], np.bincount(wanted, minlength=len(c.nodes))
-        ),
+        users=grouped(takers, wanted, len(c.nodes)),
         worker=np.maximum(c.worker, 0).tolist(),
         owner=c.request.tolist(),
-        owned=_groups(
-            np.flatnonzero(c.is_kv)[np.argsort(owner, kind="stable")],
-            np.bincount(owner, minlength=len(graph.requests)),
-        ),
+        owned=grouped(np.flatnonzero(c.is_kv), c.request[c.is_kv], len(graph.requests)),
         copied=set(c.source[c.source != NONE].tolist()),
         instant=dict(zip(c.prefix[instant].tolist(), instant.tolist(), strict=True)),
     )
@@ -100,16 +94,6 @@ def flatten(graph: IRGraph) -> Problem:
         _read_order(problem, c)
     problem.rank.extend(_ranks(graph, problem.users, problem.operands, problem.owned))
     return problem
-
-
-def _groups(values: Ints, counts: Ints) -> list[list[int]]:
-    """Values in groups of so many each. Empty groups are one and the same list."""
-    flat, nothing, stop = values.tolist(), list[int](), 0
-    groups = []
-    for count in counts.tolist():
-        groups.append(flat[stop : stop + count] if count else nothing)
-        stop += count
-    return groups
 
 
 def _read_order(problem: Problem, c: Columns) -> None:

@@ -35,6 +35,12 @@ class Tokenizer(Protocol):
         ...
 
 
+def chat_tokens(tokenizer: Tokenizer, prompt: ChatPrompt) -> tuple[int, ...]:
+    """The token ids of a conversation, and of the answer's start if it has one."""
+    tokens = tuple(tokenizer.apply_chat_template(prompt.messages))
+    return tokens + tuple(tokenizer.encode(prompt.started)) if prompt.started else tokens
+
+
 class ByteTokenizer:
     """One token a UTF-8 byte: shows how prompts share without any model at hand.
 
@@ -183,7 +189,7 @@ class _FrontEnd:
             help_ = "pass the model's tokenizer, or ByteTokenizer() to look at sharing only"
             raise _wrong("its prompt is text, and there is no tokenizer", help_)
         if isinstance(prompt, ChatPrompt):
-            return tuple(self.tokenizer.apply_chat_template(prompt.messages))
+            return chat_tokens(self.tokenizer, prompt)
         return tuple(self.tokenizer.encode(prompt.text))
 
     def fits(self, request: Request, length: int) -> None:

@@ -37,6 +37,8 @@ class ChatPrompt:
     """Chat messages: rendered with the model's chat template, then tokenised."""
 
     messages: tuple[Message, ...]
+    started: str = ""
+    """The start of the answer, if there is one: the model goes on with it."""
 
 
 @frozen

@@ -23,9 +23,10 @@ from attrs import asdict, field, frozen
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 
-__all__ = ["Attachment", "EngineRecord", "Figures", "engine_metadata"]
+__all__ = ["ENGINES", "Attachment", "EngineRecord", "Figures", "attach_server", "engine_metadata"]
 
 ENGINES = "/v1/management/engines"
+TIMEOUT = 10.0
 DUPLICATE = 400
 GONE = 404
 NO_SUCH_METHOD = 405
@@ -101,67 +102,76 @@ class Attachment:
         self.record = record
         self.state = "STARTING"
         self._figures, self._interval = figures, interval
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._gateway = gateway.rstrip("/")
-        self._http = httpx.AsyncClient(base_url=self._gateway, headers=headers, timeout=10.0)
+        self._http = httpx.AsyncClient(
+            base_url=self._gateway, headers=self._headers, timeout=TIMEOUT
+        )
         self._beat: asyncio.Task[None] | None = None
         self._patches = True
 
-    async def open(self) -> None:
+    async def open(self, *, patient: bool = False) -> None:
         """Register the engine, which is ready, and begin the heartbeat.
+
+        Args:
+            patient: when no gateway answers, register at a later beat, when one does.
 
         Raises:
             SageIRError: the gateway cannot be reached, or refuses.
         """
+        self.state = "READY"
         try:
             await self._register()
-        except BaseException:
-            await self._http.aclose()
-            raise
-        self.state = "READY"
+        except BaseException as error:
+            if not (patient and isinstance(error, _Unreachable)):
+                await self._http.aclose()
+                raise
         self._beat = asyncio.create_task(self._keep())
 
     async def drain(self) -> None:
-        """Get no more requests; those under way may end."""
+        """Get no more requests; those under way may end. A gateway that is gone is no error."""
         self.state = "DRAINING"
-        if not await self._patch():
-            await self._delete()
-
-    async def close(self) -> None:
-        """Deregister. A gateway that is gone is no error."""
-        self.state = "STOPPED"
         if self._beat is not None:
             self._beat.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._beat
-        await self._delete()
+        with contextlib.suppress(SageIRError):
+            if not await self._patch():
+                await self._delete()
+
+    async def close(self) -> None:
+        """Deregister."""
+        if self.state != "DRAINING":
+            await self.drain()
+        self.state = "STOPPED"
+        with contextlib.suppress(SageIRError):
+            await self._delete()
         await self._http.aclose()
+
+    def deregister(self) -> None:
+        """Deregister after the event loop has ended. A gateway that is gone is no error."""
+        self.state = "STOPPED"
+        with contextlib.suppress(httpx.HTTPError):
+            url = f"{self._gateway}{ENGINES}/{self.record.engine_id}"
+            httpx.delete(url, headers=self._headers, timeout=TIMEOUT)
 
     async def beat(self) -> None:
         """One heartbeat: figures and state to the gateway; registers anew if it forgot us."""
         if await self._patch():
             return
-        path = f"{ENGINES}/{self.record.engine_id}"
-        if (await self._http.get(path)).status_code == GONE and self.state == "READY":
+        known = await self._send("GET", f"{ENGINES}/{self.record.engine_id}")
+        if known.status_code == GONE and self.state == "READY":
             await self._register()
 
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
             # A gateway that is down for a while is met again at a later beat.
-            with contextlib.suppress(httpx.HTTPError, SageIRError):
+            with contextlib.suppress(SageIRError):
                 await self.beat()
 
     async def _register(self) -> None:
-        record = self.record
-        body = {
-            "engine_id": record.engine_id,
-            "model_id": record.model,
-            "host": record.host,
-            "port": record.port,
-            "engine_kind": record.kind,
-            "metadata": {**record.metadata, "pre_verified_healthy": True},
-        }
+        record, body = self.record, _registration(self.record, verified=True)
         reply = await self._send("POST", f"{ENGINES}/register", body)
         if reply.status_code == DUPLICATE and await self._known_here():
             # From before a crash: what it says may be out of date.
@@ -193,16 +203,73 @@ class Attachment:
         return reply.is_success
 
     async def _delete(self) -> None:
-        with contextlib.suppress(SageIRError):
-            await self._send("DELETE", f"{ENGINES}/{self.record.engine_id}")
+        await self._send("DELETE", f"{ENGINES}/{self.record.engine_id}")
 
     async def _send(self, method: str, path: str, body: object = None) -> httpx.Response:
         try:
             return await self._http.request(method, path, json=body)
         except httpx.HTTPError as error:
-            raise SageIRError(
+            raise _Unreachable(
                 Diagnostic(
-                    f"no gateway answers at {self._gateway}: {error}",
+                    f"no gateway answers at {self._gateway}: {error or type(error).__name__}",
                     help="start one with `sagellm-ir gateway start`",
                 )
             ) from None
+
+
+def attach_server(
+    gateway: str, url: str, *, kind: str, model: str | None = None, engine_id: str | None = None
+) -> EngineRecord:
+    """Register a running server with an OpenAI API; the gateway checks its health from then on.
+
+    Args:
+        gateway: its base URL.
+        url: the server's.
+        kind: "vllm", "lmdeploy", ...
+        model: default: the first that the server lists.
+        engine_id: default: kind and port.
+
+    Raises:
+        SageIRError: one of them does not answer, or the gateway refuses.
+    """
+    place = httpx.URL(url if "://" in url else f"http://{url}")
+    if not place.host or place.port is None:
+        raise SageIRError(Diagnostic(f"{url!r}: expected http://HOST:PORT"))
+    try:
+        if model is None:
+            served = httpx.get(place.join("/v1/models"), timeout=TIMEOUT).raise_for_status().json()
+            model = str(served["data"][0]["id"])
+        record = EngineRecord(
+            engine_id or f"{kind}-{place.port}",
+            model,
+            place.host,
+            place.port,
+            metadata={"engine": kind, "instance_type": "general"},
+        )
+        body = _registration(record, verified=False)
+        reply = httpx.post(f"{gateway.rstrip('/')}{ENGINES}/register", json=body, timeout=TIMEOUT)
+    except (httpx.HTTPError, LookupError, ValueError) as error:
+        raise SageIRError(
+            Diagnostic(f"cannot attach {url}: {error or type(error).__name__}")
+        ) from None
+    if reply.is_error:
+        message = f"the gateway refused engine {record.engine_id!r}: {reply.text[:200]}"
+        raise SageIRError(Diagnostic(message))
+    return record
+
+
+def _registration(record: EngineRecord, *, verified: bool) -> dict[str, Any]:
+    """The body of a registration; an engine that is `verified` is READY at once."""
+    seen = {"pre_verified_healthy": True} if verified else {}
+    return {
+        "engine_id": record.engine_id,
+        "model_id": record.model,
+        "host": record.host,
+        "port": record.port,
+        "engine_kind": record.kind,
+        "metadata": {**record.metadata, **seen},
+    }
+
+
+class _Unreachable(SageIRError):
+    """No gateway is there, or not yet."""

@@ -9,6 +9,7 @@ It goes wherever a `ControlPlaneManager` does, the real gateway too: `create_app
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from datetime import datetime
 from typing import Any
 
 from attrs import evolve
@@ -25,6 +26,7 @@ from sagellm_protocol import Response as ProtocolResponse
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.request import Request, TextPrompt
+from sagellm_ir.runtime.control_plane.attach import Figures
 from sagellm_ir.runtime.control_plane.failover import relay
 from sagellm_ir.runtime.control_plane.in_process import ProtocolEngine
 from sagellm_ir.runtime.control_plane.member import EngineLost, Member, Piece, SoFar
@@ -147,6 +149,24 @@ class FleetManager(ControlPlaneManager):  # type: ignore[misc]  # it comes witho
         self._members.pop(engine_id, None)
         found: bool = super().unregister_engine(engine_id)
         return found
+
+    def report(self, engine_id: str, state: str, figures: Figures) -> None:
+        """What an engine says of itself; it is what the Control Plane's own routings look at.
+
+        Raises:
+            SageIRError: there is no such engine.
+        """
+        if (info := self.get_engine(engine_id)) is None:
+            raise SageIRError(Diagnostic(f"Engine {engine_id} not found"))
+        (self.draining.discard if state == EngineState.READY.value else self.draining.add)(
+            engine_id
+        )
+        if info.state not in (EngineState.ERROR, EngineState(state)):
+            self.update_engine_state(engine_id, EngineState(state))
+        info.last_heartbeat = datetime.now()
+        info.queue_length = figures.queue_length
+        info.kv_cache_usage_bytes = figures.kv_cache_usage_bytes
+        info.kv_cache_capacity_bytes = figures.kv_cache_capacity_bytes
 
     async def execute_request(
         self, request: ProtocolRequest, timeout_s: float | None = None

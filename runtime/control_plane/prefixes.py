@@ -35,7 +35,8 @@ def prompt_blocks(request: Request, model: str, answer: str = "") -> list[bytes]
         text = ",".join(map(str, prompt.tokens))
     elif isinstance(prompt, ChatPrompt):
         text = MESSAGE_END.join(f"{m.role}{ROLE_END}{m.content}" for m in prompt.messages)
-        text += f"{MESSAGE_END}assistant{ROLE_END}{answer}" if answer else ""
+        begun = prompt.started + answer
+        text += f"{MESSAGE_END}assistant{ROLE_END}{begun}" if begun else ""
     elif isinstance(prompt, TextPrompt):
         text = prompt.text + answer
     else:

@@ -79,7 +79,7 @@ class RemoteEngine:
     async def _check(self, reply: httpx.Response) -> None:
         if not reply.is_error:
             return
-        text = (await reply.aread()).decode(errors="replace")[:500]
+        text = _reason((await reply.aread()).decode(errors="replace"))
         message = f"engine {self.engine_id!r} answered {reply.status_code}: {text}"
         if reply.status_code in BUSY:
             wait = reply.headers.get("retry-after", "1")
@@ -87,6 +87,14 @@ class RemoteEngine:
         if reply.is_server_error:
             raise EngineLost(message)
         raise SageIRError(Diagnostic(message))
+
+
+def _reason(body: str) -> str:
+    """The message of an error in OpenAI's form, or the start of whatever it is."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body[:500]
 
 
 def request_body(request: Request, model: str, so_far: SoFar) -> tuple[str, dict[str, Any]]:
@@ -111,11 +119,13 @@ def request_body(request: Request, model: str, so_far: SoFar) -> tuple[str, dict
     body |= {"top_k": sampling.top_k} if sampling.top_k else {}
     body |= {"seed": sampling.seed} if sampling.seed is not None else {}
     body |= {"stop": list(sampling.stop)} if sampling.stop else {}
+    # KV is shared within a salt only: vLLM's name for what a tenant is here.
+    body |= {"cache_salt": request.tenant} if request.tenant else {}
     match request.prompt:
-        case ChatPrompt(messages):
+        case ChatPrompt(messages, started):
             turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-            if so_far.text:
-                turns.append({"role": "assistant", "content": so_far.text})
+            if begun := started + so_far.text:
+                turns.append({"role": "assistant", "content": begun})
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
             return "/v1/chat/completions", body | {"messages": turns}
         case TextPrompt(text):

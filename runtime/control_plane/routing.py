@@ -26,10 +26,25 @@ WHOLE_REQUESTS = ("general", "hybrid")
 class Candidate(Protocol):
     """What a router reads of an engine: the Control Plane's `EngineInfo` has it all."""
 
-    engine_id: str
-    active_requests: int
-    queue_length: int
-    metadata: dict[str, Any]
+    @property
+    def engine_id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def active_requests(self) -> int:
+        """Requests under way there."""
+        ...
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait there."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What it told about itself: `engine_metadata`."""
+        ...
 
 
 C = TypeVar("C", bound=Candidate)

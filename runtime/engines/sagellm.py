@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from sagellm_ir.build import chat_tokens
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, PlanRequest
 from sagellm_ir.request import ChatPrompt, Request, TextPrompt, TokenPrompt
@@ -152,7 +153,7 @@ class SageLLMEngine:
         if tokenizer is None:
             raise _refused(request, "the model has no tokenizer", "give the prompt as token ids")
         if isinstance(prompt, ChatPrompt):
-            return await asyncio.to_thread(tokenizer.apply_chat_template, prompt.messages)
+            return await asyncio.to_thread(chat_tokens, tokenizer, prompt)
         return await asyncio.to_thread(tokenizer.encode, prompt.text)
 
     def abort(self, request_id: str) -> bool:

@@ -19,7 +19,7 @@ from sagellm_ir.runtime.server.errors import DRAIN_RETRY, ApiError
 from sagellm_ir.runtime.server.monitoring import Monitor
 from sagellm_ir.runtime.server.plan_view import plan_view
 
-__all__ = ["create_app"]
+__all__ = ["add_errors", "create_app"]
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,13 +41,15 @@ def create_app(
     app.add_middleware(
         Access, keys=server.api_keys, body_bytes=limits.body_bytes, answered=monitor.answered
     )
-    _add_errors(app)
+    add_errors(app)
     _add_openai(app, engine, Completions(engine, limits, monitor))
     _add_state(app, engine, monitor)
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form."""
+
     async def on_api_error(_: HttpRequest, error: Exception) -> HttpResponse:
         assert isinstance(error, ApiError)
         return error_response(error)

@@ -27,6 +27,7 @@ _FIELDS = frozenset({
     "model", "messages", "prompt", "prompt_token_ids", "max_tokens", "max_completion_tokens", "n",
     "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "logprobs",
     "top_logprobs", "priority", "cache_salt",
+    "add_generation_prompt", "continue_final_message",
 })
 # fmt: on
 """What a body may say; misspelt fields are compared with these."""
@@ -57,13 +58,6 @@ class _Body(Fields):
     def fail(self, name: str, message: str, help_: str = "") -> NoReturn:
         text = f"{self.prefix}{name}: {message}" + (f" ({help_})" if help_ else "")
         raise ApiError(400, text, "invalid_value", param=name)
-
-    def flag(self, name: str) -> bool:
-        """`true` or `false`."""
-        value = self.get(name)[1]
-        if value is not None and not isinstance(value, bool):
-            self.expected(name, "true or false", value)
-        return bool(value)
 
 
 def read_json(raw: bytes) -> dict[str, Any]:

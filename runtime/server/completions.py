@@ -26,20 +26,20 @@ from sagellm_ir.runtime.server.exchange import Exchange, Exchanges, News
 from sagellm_ir.runtime.server.monitoring import Monitor
 from sagellm_ir.runtime.server.shapes import ChatShape, CompletionShape, Shape, usage
 
-__all__ = ["Completions"]
+__all__ = ["DEFAULT_NEW", "SHAPES", "Completions", "Job", "seeded"]
 
 T = TypeVar("T")
 
-_DEFAULT_NEW = {"chat": 256, "completion": 16}
+DEFAULT_NEW = {"chat": 256, "completion": 16}
 """Tokens of an answer when the body does not say; 16 is OpenAI's."""
-_SHAPES: dict[Kind, tuple[Callable[..., Shape], str]] = {
+SHAPES: dict[Kind, tuple[Callable[..., Shape], str]] = {
     "chat": (ChatShape, "chatcmpl"),
     "completion": (CompletionShape, "cmpl"),
 }
 
 
 @frozen
-class _Job:
+class Job:
     """One body on its way."""
 
     ask: Ask
@@ -80,7 +80,7 @@ class Completions:
             message = f"there is no model {ask.model!r} here, only {self._engine.model_name!r}"
             raise ApiError(404, message, "model_not_found", param="model")
 
-    async def _start(self, kind: Kind, ask: Ask, http: HttpRequest, raw: bytes) -> _Job:
+    async def _start(self, kind: Kind, ask: Ask, http: HttpRequest, raw: bytes) -> Job:
         """Join the exchange of the same request, or begin one."""
         state = http.state
         key = None
@@ -93,14 +93,14 @@ class Completions:
             exchange = self._exchanges.join(
                 key, lambda: Exchange(self._engine, requests, self._monitor.finished)
             )
-        make, prefix = _SHAPES[kind]
+        make, prefix = SHAPES[kind]
         shape = make(
             f"{prefix}-{state.request_id}",
             self._engine.model_name,
             self._engine.loaded.tokenizer,
             ask.include_usage,
         )
-        return _Job(ask, exchange, shape)
+        return Job(ask, exchange, shape)
 
     async def _requests(
         self, kind: Kind, ask: Ask, request_id: str, within: str | None
@@ -119,7 +119,7 @@ class Completions:
                     max_new_tokens=new,
                     priority=ask.priority,
                     tenant=within,
-                    sampling=_seeded(ask.sampling, seed),
+                    sampling=seeded(ask.sampling, seed),
                 )
                 requests.append(request)
         return requests
@@ -145,9 +145,9 @@ class Completions:
         if wanted is not None and wanted > self._limits.new_tokens:
             message = f"max_tokens: expected at most {self._limits.new_tokens}, got {wanted}"
             raise ApiError(400, message, "invalid_value", param="max_tokens")
-        return wanted or min(_DEFAULT_NEW[kind], self._limits.new_tokens, room)
+        return wanted or min(DEFAULT_NEW[kind], self._limits.new_tokens, room)
 
-    async def _whole(self, job: _Job, news: AsyncGenerator[News, None]) -> dict[str, Any]:
+    async def _whole(self, job: Job, news: AsyncGenerator[News, None]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         found: dict[int, Response] = {}
         async with aclosing(news):
@@ -158,7 +158,7 @@ class Completions:
         return job.shape.whole(responses, usage(responses, job.ask.answers))
 
     async def _events(
-        self, job: _Job, head: list[News], news: AsyncGenerator[News, None]
+        self, job: Job, head: list[News], news: AsyncGenerator[News, None]
     ) -> AsyncIterator[str]:
         """The lines of a stream."""
         found: dict[int, Response] = {}
@@ -237,7 +237,7 @@ async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _seeded(sampling: Sampling, number: int) -> Sampling:
+def seeded(sampling: Sampling, number: int) -> Sampling:
     """Seeds count up over the answers to a prompt, so that they differ."""
     if sampling.seed is None or not number:
         return sampling

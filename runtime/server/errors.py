@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.runtime.control_plane.member import EngineLost
 from sagellm_ir.runtime.engines.answers import (
     EngineBusy,
     EngineDraining,
@@ -68,6 +69,10 @@ def api_error(error: SageIRError) -> ApiError:
         return ApiError(500, sentence(error), "engine_failed")
     if isinstance(error, RequestAborted):
         return ApiError(400, sentence(error), "aborted")
+    if isinstance(error, EngineLost):
+        status = 503 if error.retry_after is None else 429
+        wait = {"Retry-After": str(math.ceil(error.retry_after or DRAIN_RETRY))}
+        return ApiError(status, sentence(error), "engine_lost", headers=wait)
     return ApiError(400, sentence(error), "invalid_request")
 
 

@@ -5,16 +5,24 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.request import Request
 from sagellm_ir.runtime.engines.answers import RequestAborted, Response, StreamEnd, StreamEvent
-from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
 
-__all__ = ["Exchange", "Exchanges", "News"]
+__all__ = ["Answering", "Exchange", "Exchanges", "News"]
 
 News = tuple[int, StreamEvent]
 """Which answer, and what happened to it."""
+
+
+class Answering(Protocol):
+    """What answers: `SageLLMEngine`, or a fleet of engines."""
+
+    def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        """The answer's events; `StreamEnd` is the last."""
+        ...
 
 
 class Exchange:
@@ -30,7 +38,7 @@ class Exchange:
 
     def __init__(
         self,
-        engine: SageLLMEngine,
+        engine: Answering,
         requests: Sequence[Request],
         ended: Callable[[Response], None],
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sagellm_ir.cli import backend, config, explain, ir, patches, plan, run, schema
+from sagellm_ir.cli import backend, config, explain, gateway, ir, llm, patches, plan, run, schema
 
 __all__ = ["app", "main"]
 
@@ -44,14 +44,19 @@ app.add_typer(backend.app)
 app.add_typer(patches.app)
 app.add_typer(schema.app)
 app.add_typer(config.app)
+app.add_typer(llm.app)
+app.add_typer(gateway.app)
 
 
-def main(argv: Sequence[str] | None = None, program: str = "sagellm-ir") -> int:
+def main(
+    argv: Sequence[str] | None = None, program: str = "sagellm-ir", commands: typer.Typer = app
+) -> int:
     """Runs the command line.
 
     Args:
         argv: the words after the command's name; None takes them from `sys.argv`.
         program: how the user called it, for usage messages.
+        commands: all of them, or a group that a host has mounted.
 
     Returns:
         0 when all went well, 1 for bad input, 2 for wrong usage, 130 when interrupted.
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None, program: str = "sagellm-ir") -> int:
     # OpenMP threads that spin while they wait stall each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
+        commands(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

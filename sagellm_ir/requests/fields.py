@@ -70,6 +70,13 @@ class Fields:
             self.expected(name, f"a number from 0 to {most:g}", value)
         return value
 
+    def flag(self, name: str, default: bool = False) -> bool:
+        """`true` or `false`."""
+        value = self.get(name)[1]
+        if value is not None and not isinstance(value, bool):
+            self.expected(name, "true or false", value)
+        return default if value is None else value
+
     def text(self, *names: str) -> str | None:
         """A text that is not empty."""
         name, value = self.get(*names)

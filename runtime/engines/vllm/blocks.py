@@ -1,0 +1,159 @@
+"""`BlockLedger`: what a plan says of a worker's blocks, in numbers. The bytes are vLLM's.
+
+Plans number device blocks from 0. vLLM keeps its block 0 for itself, so block `b` of a plan is
+vLLM's `b + NULL_BLOCKS`, and a pool of `n` blocks is one of `n + NULL_BLOCKS` to vLLM.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import Bind, KVFree, KVMove
+from sagellm_ir.runtime.backend import CachedPrefix
+from sagellm_ir.target import DEVICE
+
+__all__ = ["NULL_BLOCKS", "BlockLedger", "to_engine"]
+
+NULL_BLOCKS = 1
+"""Blocks at the start of vLLM's pool that no request may use."""
+
+
+def to_engine(blocks: Iterable[int]) -> list[int]:
+    """The numbers that vLLM has for a plan's device blocks."""
+    return [block + NULL_BLOCKS for block in blocks]
+
+
+class BlockLedger:
+    """Tables of requests, and which blocks of each tier hold something. It decides nothing.
+
+    Args:
+        worker: the plan's name for this engine.
+        capacity: blocks of each tier.
+        block_size: tokens of a block.
+    """
+
+    def __init__(self, worker: str, capacity: Mapping[str, int], block_size: int) -> None:
+        self.worker = worker
+        self.capacity = dict(capacity)
+        self.block_size = block_size
+        self.tables: dict[str, list[int]] = {}
+        """A request's device blocks, in a plan's numbers."""
+        self._held: dict[str, dict[int, int]] = {tier: {} for tier in capacity}
+        """By tier and block, a number that is new each time the block starts to hold something."""
+        self._bound: dict[str, list[int]] = {}
+        """The numbers that a request's blocks had when they were bound."""
+        self._fills = 0
+
+    def bind(self, bind: Bind) -> None:
+        """Point a request's table at blocks.
+
+        Raises:
+            SageIRError: a block out of range, or a hole in the table.
+        """
+        self._check(DEVICE, bind.blocks)
+        table = self.tables.setdefault(bind.request, [])
+        if not 0 <= bind.at <= len(table):
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan binds block {bind.at} of request {bind.request!r}, whose table has "
+                    f"{len(table)} blocks: a table has no holes"
+                )
+            )
+        table[bind.at : bind.at + len(bind.blocks)] = bind.blocks
+        self._hold(DEVICE, bind.blocks)
+        numbers = [self._held[DEVICE][block] for block in bind.blocks]
+        self._bound.setdefault(bind.request, [])[bind.at : bind.at + len(numbers)] = numbers
+
+    def move(self, move: KVMove) -> None:
+        """Note that blocks are copied.
+
+        Raises:
+            SageIRError: an unknown tier or worker, or a block out of range.
+        """
+        if move.from_worker not in (None, self.worker):
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan copies KV from worker {move.from_worker!r}; this engine is one "
+                    f"worker, {self.worker!r}",
+                    help="compile for a target with one worker",
+                )
+            )
+        if len(move.src) != len(move.dst):
+            raise SageIRError(
+                Diagnostic(f"a move of {len(move.src)} blocks names {len(move.dst)} destinations")
+            )
+        self._check(move.from_tier, move.src)
+        self._check(move.to_tier, move.dst)
+        self._hold(move.to_tier, move.dst)
+
+    def free(self, free: KVFree) -> None:
+        """Note that blocks hold nothing any more.
+
+        Raises:
+            SageIRError: an unknown tier, or a block out of range.
+        """
+        self._check(free.tier, free.blocks)
+        for block in free.blocks:
+            self._held[free.tier].pop(block, None)
+
+    def table(self, request: str, tokens: int) -> list[int]:
+        """A request's blocks, which must have room for this many tokens.
+
+        Raises:
+            SageIRError: they have not.
+        """
+        table = self.tables.get(request, [])
+        room = len(table) * self.block_size
+        if room < tokens:
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan runs request {request!r} up to token {tokens}, but its blocks on "
+                    f"worker {self.worker!r} hold {room}",
+                    help="bind blocks before the step that fills them",
+                )
+            )
+        return table
+
+    def release(self, request: str) -> None:
+        """Forget a request's table."""
+        self.tables.pop(request, None)
+        self._bound.pop(request, None)
+
+    def free_blocks(self) -> dict[tuple[str, str], int]:
+        """Blocks that hold nothing, by (worker, tier)."""
+        return {
+            (self.worker, tier): self.capacity[tier] - len(held)
+            for tier, held in self._held.items()
+        }
+
+    def cached(self, request: str, tokens: int) -> CachedPrefix | None:
+        """The request's first full blocks that still hold the KV of its first `tokens` tokens."""
+        kept = []
+        held = self._held[DEVICE]
+        pairs = zip(self.tables.get(request, ()), self._bound.get(request, ()), strict=True)
+        for block, number in islice(pairs, tokens // self.block_size):
+            if held.get(block) != number:
+                break
+            kept.append(block)
+        return CachedPrefix(request, DEVICE, self.worker, tuple(kept)) if kept else None
+
+    def _hold(self, tier: str, blocks: Sequence[int]) -> None:
+        held = self._held[tier]
+        for block in blocks:
+            if block not in held:
+                self._fills += 1
+                held[block] = self._fills
+
+    def _check(self, tier: str, blocks: Sequence[int]) -> None:
+        if tier not in self.capacity:
+            raise SageIRError(
+                Diagnostic(f"the plan names tier {tier!r}; the engine has {list(self.capacity)}")
+            )
+        if blocks and not 0 <= min(blocks) <= max(blocks) < self.capacity[tier]:
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan uses block {max(blocks)} of tier {tier!r}, which has "
+                    f"{self.capacity[tier]} blocks",
+                    help="compile the plan for this engine's target",
+                )
+            )

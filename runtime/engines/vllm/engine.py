@@ -1,0 +1,248 @@
+"""`VLLMBackendAdapter`: stock vLLM as an `InferenceBackend`, in this process."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attrs import define, evolve
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import PlanRequest, PlanStep
+from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.backend import (
+    EngineStats,
+    EngineView,
+    Finish,
+    Likelihood,
+    PlanSource,
+    TokenEvent,
+)
+from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
+from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
+from sagellm_ir.runtime.engines.vllm.versions import check_version
+from sagellm_ir.runtime.protocols import CapabilityDescriptor
+from sagellm_ir.target import Target
+
+__all__ = ["BLOCK_MULTIPLES", "VLLMBackendAdapter"]
+
+BLOCK_MULTIPLES = {"cpu": 32}
+"""A block's tokens must be a multiple of this, by device; 16 on others."""
+_FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
+
+
+@define
+class _Client:
+    """A submitted request, and what was handed out of its answer."""
+
+    request: PlanRequest
+    logprobs: int | None
+    given: int = 0
+    finish: Finish | None = None
+
+
+class _OneStep:
+    """A source of one step."""
+
+    def __init__(self, step: PlanStep) -> None:
+        self._step: PlanStep | None = step
+
+    def next_step(self, view: EngineView) -> PlanStep | None:
+        """See `PlanSource`."""
+        step, self._step = self._step, None
+        return step
+
+
+class VLLMBackendAdapter:
+    """One vLLM engine whose scheduler is `PlanScheduler`. It runs nothing but inside `stream` and `step`.
+
+    Decode rows of requests that have ended are skipped. Prefill chunks always run: other requests
+    may share the blocks they fill.
+
+    Args:
+        engine: vLLM's `LLMEngine`, its core in this process; see `make_engine`.
+        stop_at_eos: end an answer at the model's end token; else at the planned length.
+    """
+
+    def __init__(self, engine: Any, *, stop_at_eos: bool = True) -> None:
+        self.engine = engine
+        self.scheduler: PlanScheduler = engine.engine_core.engine_core.scheduler
+        self.scheduler.driven = True
+        self._stop_at_eos = stop_at_eos
+        self._clients: dict[str, _Client] = {}
+        self._pending: list[TokenEvent] = []
+        self._seconds = 0.0
+
+    @property
+    def target(self) -> Target:
+        """What vLLM was made for; speeds are those of the default target."""
+        return self.scheduler.target
+
+    @property
+    def capability(self) -> CapabilityDescriptor:
+        """See `InferenceBackend`. Plans need not know of the block that vLLM keeps for itself."""
+        from vllm.platforms import current_platform
+
+        config = self.engine.vllm_config
+        device = current_platform.device_type
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        return CapabilityDescriptor(
+            "vllm",
+            device=device,
+            device_name=current_platform.get_device_name(),
+            dtypes=(dtype,),
+            kv_dtypes=({"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype],),
+            tiers=tuple(tier.name for tier in self.target.tiers),
+            block_size_multiple=BLOCK_MULTIPLES.get(device, 16),
+            max_model_len=config.model_config.max_model_len,
+            max_tp=self.target.tp,
+            prefix_groups=False,
+            supports_stop_strings=not config.model_config.skip_tokenizer_init,
+            # 0.27.0 ignores seeds on a CPU in a batch that holds requests without one.
+            supports_seed=(device, check_version()) != ("cpu", "0.27.0"),
+            supports_logprobs=True,
+        )
+
+    def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
+        """Make a request known to vLLM, where it waits for steps.
+
+        Raises:
+            SageIRError: vLLM cannot answer it: no tokens, too long, an adapter, its id is running,
+                or sampling parameters that vLLM refuses.
+        """
+        before = self._clients.get(request.id)
+        if before is not None and not before.finish:
+            raise _refused(request, "it is running already: ids are unique")
+        if request.adapter is not None:
+            raise _refused(request, f"it wants adapter {request.adapter!r}; none can be loaded")
+        if not request.tokens or len(request.tokens) != request.prompt_len:
+            raise _refused(request, f"its {request.prompt_len} prompt positions have no tokens")
+        longest = request.prompt_len + request.max_new_tokens
+        most = self.engine.vllm_config.model_config.max_model_len
+        if longest > most:
+            raise _refused(request, f"it may grow to {longest} tokens; vLLM's limit is {most}")
+        self.release(request.id)
+        try:
+            self.engine.add_request(
+                request.id,
+                {"prompt_token_ids": list(request.tokens)},
+                self._sampling(request, sampling),
+            )
+        except (ValueError, VLLMValidationError) as error:
+            raise _refused(request, str(error)) from error
+        self._clients[request.id] = _Client(request, sampling.logprobs)
+
+    def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
+        """Run a source's steps until it has none left."""
+        while True:
+            self.scheduler.source = source
+            yield from self._tick()
+            if self.scheduler.idle:
+                return
+
+    def step(self, step: PlanStep) -> list[TokenEvent]:
+        """Run one step; the tokens it made.
+
+        Raises:
+            SageIRError: the step does not fit this engine: an unknown request or worker, a block
+                out of range, a table too short for its rows, more rows than vLLM was made for.
+        """
+        self.scheduler.source = _OneStep(step)
+        events = self._tick()
+        while self.scheduler.busy:
+            events += self._tick()
+        return events
+
+    def view(self) -> EngineView:
+        """See `InferenceBackend`."""
+        return self.scheduler.view()
+
+    def abort(self, request: str) -> None:
+        """End a request; its last event comes with the next step."""
+        client = self._clients.get(request)
+        if client is None:
+            raise SageIRError(Diagnostic(f"request {request!r} was never submitted"))
+        if not client.finish:
+            client.finish = "abort"
+            self.engine.abort_request([request])
+            self._pending.append(TokenEvent(request, None, "", client.given, "abort"))
+
+    def release(self, request: str) -> None:
+        """Forget a request and its table."""
+        client = self._clients.pop(request, None)
+        if client is not None:
+            if not client.finish:
+                self.engine.abort_request([request])
+            self.scheduler.release(request)
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made; the seconds include vLLM's own bookkeeping."""
+        return evolve(self.scheduler.stats, forward_seconds=self._seconds)
+
+    def close(self) -> None:
+        """End the engine and its workers."""
+        self.engine.engine_core.shutdown()
+
+    def __enter__(self) -> "VLLMBackendAdapter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tick(self) -> list[TokenEvent]:
+        """One forward, and the events that are due."""
+        events, self._pending = self._pending, []
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        self._seconds += time.perf_counter() - start
+        for output in outputs:
+            events += self._events(output)
+        return events
+
+    def _events(self, output: Any) -> Iterator[TokenEvent]:
+        """The tokens of one of vLLM's outputs; its text comes with the last of them."""
+        client = self._clients[output.request_id]
+        made = output.outputs[0]
+        if output.finished:
+            client.finish = _FINISHES.get(made.finish_reason, "abort")
+            self.scheduler.sequences[output.request_id].finish = client.finish
+        tokens: list[int | None] = [*made.token_ids] or [None]
+        for place, token in enumerate(tokens):
+            last = place == len(tokens) - 1
+            yield TokenEvent(
+                output.request_id,
+                token,
+                made.text if last else "",
+                client.given,
+                client.finish if last else None,
+                None
+                if token is None or not made.logprobs
+                else _likelihood(token, made.logprobs[place], client.logprobs or 0),
+            )
+            client.given += token is not None
+
+    def _sampling(self, request: PlanRequest, sampling: Sampling) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            max_tokens=request.max_new_tokens,
+            ignore_eos=not self._stop_at_eos,
+            output_kind=RequestOutputKind.DELTA,
+            logprobs=sampling.logprobs,
+            extra_args={PLAN_NAME: request.id},
+        )
+
+
+def _likelihood(token: int, found: Mapping[int, Any], count: int) -> Likelihood:
+    """Of vLLM's record of one place: the token's own entry, and the `count` likeliest."""
+    ranked = sorted(found.items(), key=lambda entry: -entry[1].logprob)
+    top = tuple((other, entry.logprob) for other, entry in ranked[:count])
+    return Likelihood(found[token].logprob, top)
+
+
+def _refused(request: PlanRequest, why: str) -> SageIRError:
+    return SageIRError(Diagnostic(f"request {request.id!r} cannot run: {why}"))

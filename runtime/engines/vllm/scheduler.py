@@ -1,0 +1,355 @@
+"""`PlanScheduler`: vLLM's `scheduler_cls` that does what plan steps say, and decides nothing.
+
+It holds vLLM's requests, asks a `PlanSource` for steps, and turns each forward of a step into a
+`SchedulerOutput` with the plan's own blocks.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from attrs import evolve
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import KVMove, PlanStep
+from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish, PlanSource
+from sagellm_ir.runtime.engines.vllm.batch import common_blocks, scheduler_output
+from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
+from sagellm_ir.runtime.engines.vllm.connector import Copy
+from sagellm_ir.runtime.engines.vllm.online import OnlineSource
+from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
+from sagellm_ir.runtime.engines.vllm.targets import plan_name, target_of
+from sagellm_ir.runtime.engines.vllm.versions import check_version
+from sagellm_ir.target import DEVICE
+
+__all__ = ["PlanScheduler"]
+
+_FINISHES: dict[RequestStatus, Finish] = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH_CAPPED: "length",
+}
+
+
+class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no types
+    """Give it to vLLM as `scheduler_cls`, with `PlanConnector` as its KV connector.
+
+    By itself it plans online (`OnlineSource`), so stock entry points (`LLM`, `vllm serve`) run by
+    plans. `VLLMBackendAdapter` sets `source` and `driven` instead.
+
+    Raises:
+        SageIRError: an untested vLLM, or a configuration that plans cannot drive.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        structured_output_manager: Any,
+        block_size: int,
+        hash_block_size: int,
+        mm_registry: Any = None,
+        include_finished_set: bool = False,
+        log_stats: bool = False,
+    ) -> None:
+        check_version()
+        self.target = target_of(vllm_config, kv_cache_config)
+        self.connector = self.ec_connector = None
+        self.kv_cache_config = kv_cache_config
+        capacity = {tier.name: tier.blocks for tier in self.target.tiers}
+        self.ledger = BlockLedger(self.target.workers[0].name, capacity, block_size)
+        self.sequences: dict[str, Sequence] = {}
+        """By the name that plans use."""
+        self.source: PlanSource = OnlineSource.of(vllm_config, self)
+        self.driven = False
+        """Whether an adapter steps it: then it keeps requests that ended until they are released."""
+        self.idle = False
+        """Whether the source had nothing to do when it was last asked."""
+        self.stats = EngineStats()
+        self._names: dict[str, str] = {}
+        """Plan names by vLLM's request id."""
+        self._max_len: int = vllm_config.model_config.max_model_len
+        self._step: PlanStep | None = None
+        self._left = 0
+        """Forwards of the step that are still to run."""
+        self._flight: list[Row] = []
+        self._copies: list[Copy] = []
+        self._leaving: list[str] = []
+        """Requests that ended, to be released when their step is over."""
+        self._gone: set[str] = set()
+        """Requests that the workers are to forget."""
+        self._told: dict[int, set[str]] | None = defaultdict(set) if include_finished_set else None
+        """Requests that ended, by client, for vLLM's data-parallel front end."""
+        self._paused = PauseState.UNPAUSED
+
+    # What vLLM calls in each tick.
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """The next forward.
+
+        Raises:
+            SageIRError: the source's step cannot run; nothing of it has.
+        """
+        rows = self._next_rows()
+        copies, self._copies = self._copies, []
+        gone, self._gone = self._gone, set()
+        groups = self._step.groups if self._step else ()
+        common = common_blocks(groups, rows, self.target.block_size)
+        self._flight = rows
+        prefill = sum(row.stop - row.start for row in rows if not row.decode)
+        self._count(
+            forwards=bool(rows),
+            prefill_tokens=prefill,
+            decode_tokens=sum(row.decode for row in rows),
+            moved_blocks=sum(len(copy.src) for copy in copies),
+        )
+        return scheduler_output(rows, self.ledger, copies, gone, common)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take the tokens of the forward."""
+        outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
+        sampled = model_runner_output.sampled_token_ids
+        rows, self._flight = self._flight, []
+        for row in rows:
+            sequence, request = row.sequence, row.sequence.request
+            sequence.computed = max(sequence.computed, row.stop)
+            request.num_computed_tokens = sequence.computed
+            at = model_runner_output.req_id_to_index[request.request_id]
+            tokens = list(sampled[at]) if sampled and not sequence.finish else []
+            if tokens:
+                outputs[request.client_index].append(
+                    self._push(sequence, tokens, at, model_runner_output)
+                )
+        for request in self._refused():
+            ended = EngineCoreOutput(
+                request.request_id, [], finish_reason=request.get_finished_reason()
+            )
+            outputs[request.client_index].append(ended)
+        found = {client: EngineCoreOutputs(outputs=items) for client, items in outputs.items()}
+        for client, names in (self._told or {}).items():
+            found.setdefault(client, EngineCoreOutputs()).finished_requests = names
+        if self._told:
+            self._told.clear()
+        return found
+
+    def _push(self, sequence: Sequence, tokens: list[int], at: int, out: Any) -> EngineCoreOutput:
+        request = sequence.request
+        stopped = False
+        for place, token in enumerate(tokens):
+            request.append_output_token_ids(token)
+            if stopped := check_stop(request, self._max_len):
+                del tokens[place + 1 :]
+                break
+        self._count(generated=len(tokens))
+        wanted = request.sampling_params.num_logprobs if out.logprobs else None
+        if stopped:
+            self._end(sequence, _FINISHES.get(request.status, "stop"))
+        return EngineCoreOutput(
+            request.request_id,
+            tokens,
+            new_logprobs=None if wanted is None else out.logprobs.slice_request(at, len(tokens)),
+            new_prompt_logprobs_tensors=out.prompt_logprobs_dict.get(request.request_id),
+            finish_reason=request.get_finished_reason() if stopped else None,
+            stop_reason=request.stop_reason,
+        )
+
+    # Steps.
+
+    @property
+    def busy(self) -> bool:
+        """Whether forwards of the current step are still to run."""
+        return self._left > 0
+
+    def _next_rows(self) -> list[Row]:
+        self.idle = False
+        while True:
+            if not self._left:
+                while self._leaving:
+                    self.release(self._leaving.pop())
+                self._step = self.source.next_step(self.view())
+                if self._step is None:
+                    self.idle = True
+                    return []
+                self._begin(self._step)
+            assert self._step is not None
+            rows = rows_of(self._step, self.sequences)
+            left, self._left = self._left, 0  # a step that cannot run is not tried again
+            if rows:
+                self._check_rows(rows)
+                self._left = left - 1
+                return rows
+
+    def _begin(self, step: PlanStep) -> None:
+        """Note a step's moves, frees and binds."""
+        if step.worker != self.ledger.worker:
+            raise SageIRError(
+                Diagnostic(f"the plan names worker {step.worker!r}; known: {self.ledger.worker}")
+            )
+        for name in (*(chunk.request for chunk in step.prefill), *step.decode):
+            if name not in self.sequences:
+                raise SageIRError(
+                    Diagnostic(f"the plan names request {name!r}, which was never submitted")
+                )
+        for item in step.kv:
+            if isinstance(item, KVMove):
+                self.ledger.move(item)
+                src = to_engine(item.src) if item.from_tier == DEVICE else item.src
+                dst = to_engine(item.dst) if item.to_tier == DEVICE else item.dst
+                self._copies.append(Copy(item.from_tier, item.to_tier, src, dst))
+            else:
+                self.ledger.free(item)
+        for bind in step.binds:
+            self.ledger.bind(bind)
+        self._left = 1 if step.prefill else step.loops
+        self._count(steps=1)
+
+    def _check_rows(self, rows: list[Row]) -> None:
+        """Raise `SageIRError` where vLLM's worker would crash, or read what is not there."""
+        for row in rows:
+            if not 0 <= row.start < row.stop <= row.sequence.known:
+                raise SageIRError(
+                    Diagnostic(
+                        f"the plan runs tokens [{row.start}, {row.stop}) of request "
+                        f"{row.sequence.name!r}, which has {row.sequence.known}"
+                    )
+                )
+            self.ledger.table(row.sequence.name, row.stop)
+        tokens = sum(row.stop - row.start for row in rows)
+        problem = ""
+        if len({row.sequence.name for row in rows}) != len(rows):
+            problem = "a request stands in it twice"
+        elif len(rows) > self.target.max_batch:
+            problem = f"it has {len(rows)} rows; vLLM was made for {self.target.max_batch}"
+        elif tokens > self.target.max_tokens:
+            problem = f"it has {tokens} tokens; vLLM was made for {self.target.max_tokens}"
+        if problem:
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan's step cannot run: {problem}",
+                    help="compile the plan for this engine's target",
+                )
+            )
+
+    def view(self) -> EngineView:
+        """What the source is asked with."""
+        views = [sequence.view() for sequence in self.sequences.values()]
+        prefixes = (self.ledger.cached(view.id, view.computed) for view in views if view.computed)
+        return EngineView(
+            waiting=tuple(v for v in views if not v.finish and not v.computed),
+            running=tuple(v for v in views if not v.finish and v.computed),
+            finished=tuple(v for v in views if v.finish),
+            cached=tuple(prefix for prefix in prefixes if prefix),
+            free=self.ledger.free_blocks(),
+        )
+
+    # Requests.
+
+    def add_request(self, request: Any) -> None:
+        """A request has come; its steps may name it from now on."""
+        name = plan_name(request)
+        self.release(name)
+        self.sequences[name] = Sequence(name, request)
+        self._names[request.request_id] = name
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Any]:
+        """End requests from outside: aborts, and stop strings that vLLM's front end found."""
+        if request_ids is None:
+            request_ids = list(self._names)
+        ids = (request_ids,) if isinstance(request_ids, str) else request_ids
+        ended = []
+        for identity in ids:
+            sequence = self.sequences.get(self._names.get(identity, ""))
+            if sequence is None or sequence.finish:
+                continue
+            sequence.request.status = finished_status
+            self._end(sequence, "abort")
+            ended.append(sequence.request)
+        return ended
+
+    def release(self, name: str) -> None:
+        """Forget a request, here and in the workers. Its blocks stay as the plan says."""
+        sequence = self.sequences.pop(name, None)
+        if sequence is not None:
+            identity = sequence.request.request_id
+            del self._names[identity]
+            self._gone.add(identity)
+        self.ledger.release(name)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        sequence.finish = finish
+        request = sequence.request
+        if self._told is not None:
+            self._told[request.client_index].add(request.request_id)
+        if not self.driven:
+            self._leaving.append(sequence.name)
+
+    def _refused(self) -> Iterator[Any]:
+        """Requests that the source will never plan, ended as errors."""
+        if not isinstance(self.source, OnlineSource):
+            return
+        for name in self.source.take_refused():
+            if name in self.sequences:
+                request = self.sequences[name].request
+                yield from self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
+    def has_requests(self) -> bool:
+        """Whether vLLM's loop should ask for a forward."""
+        return self.driven or bool(super().has_requests())
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests that wait for tokens."""
+        return sum(1 for sequence in self.sequences.values() if not sequence.finish)
+
+    def has_finished_requests(self) -> bool:
+        """Whether the workers have to be told of an end."""
+        return bool(self._gone or self._leaving)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Running and waiting requests."""
+        going = [sequence for sequence in self.sequences.values() if not sequence.finish]
+        running = sum(1 for sequence in going if sequence.computed)
+        return running, len(going) - running
+
+    # The rest of vLLM's interface.
+
+    @property
+    def pause_state(self) -> PauseState:
+        """Whether vLLM has paused the engine."""
+        return self._paused
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """vLLM's own; a plan goes on where it was."""
+        self._paused = pause_state
+
+    def get_grammar_bitmask(self, scheduler_output: Any) -> None:
+        """None: requests with a grammar are refused."""
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """There are none: speculative decoding is refused."""
+
+    def update_draft_token_ids_in_output(self, draft_token_ids: Any, scheduler_output: Any) -> None:
+        """There are none."""
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """False: what is cached is the plan's."""
+        return False
+
+    def reset_encoder_cache(self) -> None:
+        """There is none."""
+
+    def make_stats(self) -> None:
+        """None: `stats` has the counters."""
+
+    def shutdown(self) -> None:
+        """Nothing to do."""
+
+    def _count(self, **more: float) -> None:
+        now = {name: getattr(self.stats, name) + value for name, value in more.items()}
+        self.stats = evolve(self.stats, **now)

@@ -1,0 +1,256 @@
+"""`PlanScheduler` alone, with a worker that knows what every KV slot must hold: no model needed."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from attrs import evolve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
+
+from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.lowering.compiler import compile_requests
+from sagellm_ir.lowering.plan import Bind, ExecutionPlan, KVMove, PlanStep, PrefillChunk
+from sagellm_ir.passes.pipeline import PRESETS
+from sagellm_ir.request import Request, TokenPrompt
+from sagellm_ir.runtime.planner import PlanCursor
+from tests.vllm import unit
+from tests.vllm.worker import VOCABULARY, SymbolicWorker, answer
+
+Answers = dict[str, list[int]]
+FRONT = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,disaggregate,schedule"
+PIPELINES = [
+    *PRESETS,
+    *(
+        f"{FRONT},evict{{policy={p}, spill={s}}}"
+        for p in ("lru", "belady")
+        for s in ("always", "never")
+    ),
+]
+BLOCKS = 14
+
+
+def workload(seed: int, count: int = 8) -> list[Request]:
+    """Questions about two documents; some jump the queue."""
+    rng = random.Random(seed)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(VOCABULARY) for _ in range(length))
+
+    documents = [tokens(rng.randint(3, 6) * unit.BLOCK) for _ in range(2)]
+    found = []
+    for at in range(count):
+        shared = documents[at % 2][: rng.randint(1, 6) * unit.BLOCK]
+        prompt = TokenPrompt(shared + tokens(rng.randint(1, 12)))
+        new, priority = rng.randint(1, 9), rng.choice((0, 0, 1))
+        found.append(Request(f"r{at}", prompt=prompt, max_new_tokens=new, priority=priority))
+    return found
+
+
+def tokens_of(request: Request) -> tuple[int, ...]:
+    assert isinstance(request.prompt, TokenPrompt)
+    return request.prompt.tokens
+
+
+def tick(scheduler: Any, worker: SymbolicWorker, answers: Answers) -> Any:
+    """One forward, as vLLM's core runs it."""
+    out = scheduler.schedule()
+    assert len(out.num_scheduled_tokens) <= scheduler.target.max_batch
+    assert out.total_num_scheduled_tokens <= scheduler.target.max_tokens
+    for client in scheduler.update_from_output(out, worker.run(out)).values():
+        for item in client.outputs:
+            name = item.request_id.removesuffix("-internal")
+            answers.setdefault(name, []).extend(item.new_token_ids)
+    return out
+
+
+def drive(
+    plan: ExecutionPlan, requests: list[Request], aborted: frozenset[str] = frozenset()
+) -> Any:
+    """Run a plan; its answers and the scheduler. `aborted` end before their second forward."""
+    scheduler, worker = unit.make(plan.target), SymbolicWorker(unit.BLOCK)
+    scheduler.driven, scheduler.source = True, PlanCursor(plan)
+    for request in requests:
+        made = unit.request(request.id, tokens_of(request), request.max_new_tokens)
+        scheduler.add_request(made)
+    answers: Answers = {request.id: [] for request in requests}
+    tick(scheduler, worker, answers)
+    scheduler.finish_requests(
+        [f"{name}-internal" for name in aborted], RequestStatus.FINISHED_ABORTED
+    )
+    while not scheduler.idle:
+        tick(scheduler, worker, answers)
+    return answers, scheduler
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@given(seed=st.integers(0, 2**20), data=st.data())
+@settings(max_examples=10)
+def test_any_plan(pipeline: str, seed: int, data: st.DataObject) -> None:
+    """Every row reads right KV, every answer is plain decoding's, and nothing leaks."""
+    requests = workload(seed)
+    names = [request.id for request in requests]
+    aborted = data.draw(st.frozensets(st.sampled_from(names), max_size=2))
+    plan = compile_requests(requests, unit.target(BLOCKS), pipeline).plan
+    answers, scheduler = drive(plan, requests, aborted)
+    for request in requests:
+        whole = answer(tokens_of(request), request.max_new_tokens)
+        if request.id in aborted:
+            assert answers[request.id] == whole[: len(answers[request.id])]
+        else:
+            assert answers[request.id] == whole
+    retained = sum(len(held.blocks) for held in plan.retained)
+    free = scheduler.view().free
+    assert sum(free.values()) == sum(t.blocks for t in plan.target.tiers) - retained
+    for request in requests:
+        scheduler.release(request.id)
+    assert scheduler.view().finished == ()
+    assert scheduler.has_finished_requests()  # the workers will be told
+
+
+@given(seed=st.integers(0, 2**20), pace=st.integers(1, 5), data=st.data())
+@settings(max_examples=30)
+def test_online(seed: int, pace: int, data: st.DataObject) -> None:
+    """Requests that come and go while others run, planned tick by tick: every one finishes."""
+    scheduler, worker = unit.make(unit.target(BLOCKS)), SymbolicWorker(unit.BLOCK)
+    requests = workload(seed, 12)
+    waiting, answers = list(requests), dict[str, list[int]]()
+    aborted = set[str]()
+    for now in range(2000):
+        if waiting and now % pace == 0:
+            request = waiting.pop(0)
+            made = unit.request(request.id, tokens_of(request), request.max_new_tokens)
+            scheduler.add_request(made)
+            answers[request.id] = []
+        if now in (7, 11) and scheduler.sequences:
+            name = data.draw(st.sampled_from(sorted(scheduler.sequences)))
+            aborted.add(name)
+            scheduler.finish_requests(f"{name}-internal", RequestStatus.FINISHED_ABORTED)
+        if scheduler.has_requests():
+            tick(scheduler, worker, answers)
+        elif not waiting:
+            break
+    assert not scheduler.has_requests()
+    assert scheduler.sequences == {}
+    for request in requests:
+        whole = answer(tokens_of(request), request.max_new_tokens)
+        got = answers[request.id]
+        assert got == (whole[: len(got)] if request.id in aborted else whole)
+
+
+def test_tenants_share_nothing() -> None:
+    """vLLM's cache salt keeps equal prompts apart; without it, the prefix is computed once."""
+    prompt = tuple(range(4 * unit.BLOCK))
+    computed = {}
+    options = {"sagellm_pipeline": FRONT.replace("dedup", "dedup{gated=false}") + ",evict"}
+    for salts in ((None, None), ("a", "b")):
+        scheduler = unit.make(unit.target(32), additional_config=options)
+        worker = SymbolicWorker(unit.BLOCK)
+        for name, salt in zip("xy", salts, strict=True):
+            scheduler.add_request(unit.request(name, (*prompt, ord(name) % 50), 3, salt))
+        while scheduler.has_requests():
+            tick(scheduler, worker, {})
+        computed[salts] = scheduler.stats.prefill_tokens
+    assert computed[None, None] == len(prompt) + 2
+    assert computed["a", "b"] == 2 * (len(prompt) + 1)
+
+
+def test_a_request_that_never_fits_is_ended() -> None:
+    scheduler, worker = unit.make(unit.target(4)), SymbolicWorker(unit.BLOCK)
+    scheduler.add_request(unit.request("huge", tuple(range(20)), 9))
+    scheduler.add_request(unit.request("small", (1, 2, 3), 2))
+    ends = []
+    for _ in range(9):
+        out = scheduler.schedule()
+        for client in scheduler.update_from_output(out, worker.run(out)).values():
+            ends += [(item.request_id, str(item.finish_reason)) for item in client.outputs]
+    assert ("huge-internal", "error") in ends
+    assert scheduler.get_request_counts() == (0, 0)
+
+
+# Plans that are wrong: the worker sees it, or the scheduler refuses them.
+
+
+def wrong_block(plan: ExecutionPlan) -> ExecutionPlan:
+    """Another table entry where a follower takes over its leader's first block."""
+    seen = set[int]()
+    for number, step in enumerate(plan.steps):
+        for at, bind in enumerate(step.binds):
+            if bind.at == 0 and bind.blocks[0] in seen:
+                other = (bind.blocks[0] + 7) % BLOCKS
+                binds = list(step.binds)
+                binds[at] = evolve(bind, blocks=(other, *bind.blocks[1:]))
+                return _with(plan, number, evolve(step, binds=tuple(binds)))
+            seen.update(bind.blocks)
+    raise AssertionError("nothing is shared")
+
+
+def lost_fetch(plan: ExecutionPlan) -> ExecutionPlan:
+    """Without the copy that brings KV back."""
+    for number, step in enumerate(plan.steps):
+        kept = tuple(k for k in step.kv if not (isinstance(k, KVMove) and k.from_tier == "host"))
+        if kept != step.kv:
+            return _with(plan, number, evolve(step, kv=kept))
+    raise AssertionError("nothing is fetched")
+
+
+def _with(plan: ExecutionPlan, number: int, step: PlanStep) -> ExecutionPlan:
+    return evolve(plan, steps=(*plan.steps[:number], step, *plan.steps[number + 1 :]))
+
+
+@pytest.mark.parametrize("spoil", [wrong_block, lost_fetch])
+def test_a_spoiled_plan_is_caught(spoil: Any) -> None:
+    pipeline = f"{FRONT},evict{{policy=lru, spill=always}}"
+    for seed in range(100):
+        requests = workload(seed)
+        plan = compile_requests(requests, unit.target(BLOCKS), pipeline).plan
+        if any(isinstance(k, KVMove) and k.from_tier == "host" for s in plan.steps for k in s.kv):
+            break
+    with pytest.raises(AssertionError, match="wrong KV"):
+        drive(spoil(plan), requests)
+
+
+ROW = PrefillChunk("a", 0, 3)
+TABLE = Bind("a", 0, (0,))
+REFUSED = {
+    "request 'b', which was never submitted": PlanStep(0, decode=("b",)),
+    "worker 'w9'": PlanStep(0, "w9"),
+    "its blocks on worker 'w0' hold 0": PlanStep(0, prefill=(ROW,)),
+    "block 99 of tier 'device', which has 8": PlanStep(0, binds=(Bind("a", 0, (99,)),)),
+    "block -1 of tier": PlanStep(0, binds=(Bind("a", 0, (-1,)),)),
+    "no holes": PlanStep(0, binds=(Bind("a", 1, (0,)),)),
+    "tier 'disk'": PlanStep(0, kv=(KVMove("device", "disk", (0,), (0,)),)),
+    "from worker 'w1'": PlanStep(0, kv=(KVMove("device", "device", (0,), (0,), "w1"),)),
+    "names 2 destinations": PlanStep(0, kv=(KVMove("device", "host", (0,), (0, 1)),)),
+    r"tokens \[0, 9\) of request 'a', which has 3": PlanStep(
+        0, binds=(Bind("a", 0, (0, 1, 2)),), prefill=(PrefillChunk("a", 0, 9),)
+    ),
+    "stands in it twice": PlanStep(0, binds=(TABLE,), prefill=(ROW,), decode=("a",)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_step_that_cannot_run_is_refused(message: str) -> None:
+    scheduler = unit.make(unit.target(8))
+    scheduler.driven = True
+    scheduler.add_request(unit.request("a", (1, 2, 3), 4))
+    steps = iter([REFUSED[message]])
+    scheduler.source = SimpleNamespace(next_step=lambda view: next(steps, None))
+    with pytest.raises(SageIRError, match=message):
+        scheduler.schedule()
+    assert scheduler.schedule().total_num_scheduled_tokens == 0  # it goes on with the next step
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"speculative_config": SimpleNamespace()}, "speculative decoding"),
+        ({"kv_transfer_config": None}, "PlanConnector"),
+        ({"use_v2_model_runner": True}, "second model runner"),
+    ],
+)
+def test_an_engine_that_plans_cannot_drive(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(SageIRError, match=message):
+        unit.make(unit.target(8), **config)

@@ -1,0 +1,130 @@
+"""`SymbolicWorker`: a vLLM worker without a model, which knows what every KV slot holds.
+
+It keeps the state that vLLM's own worker keeps from one `SchedulerOutput` to the next, and runs
+forwards on symbols: the KV of a token is a hash of all tokens up to it. A row that reads a slot
+which holds anything else fails. Its next token is a function of that hash, so answers can be
+checked too.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from types import SimpleNamespace
+from typing import Any
+
+from attrs import define
+
+from sagellm_ir.target import DEVICE
+
+__all__ = ["VOCABULARY", "SymbolicWorker", "answer"]
+
+VOCABULARY = 50
+Slot = tuple[str, int, int]
+"""Tier, block, offset."""
+
+
+class Text:
+    """Tokens, and the KV of each: a hash of all tokens up to it."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens: list[int] = []
+        self.kv: list[bytes] = []
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One more token."""
+        before = self.kv[-1] if self.kv else b""
+        self.tokens.append(token)
+        self.kv.append(blake2b(before + bytes([token]), digest_size=8).digest())
+
+    def go_on(self) -> int:
+        """Add the token that the model says next."""
+        self.add(int.from_bytes(self.kv[-1], "big") % VOCABULARY)
+        return self.tokens[-1]
+
+
+def answer(prompt: Sequence[int], count: int) -> list[int]:
+    """Plain greedy decoding."""
+    text = Text(prompt)
+    return [text.go_on() for _ in range(count)]
+
+
+@define
+class _State:
+    text: Text
+    blocks: list[int]
+    computed: int
+
+
+class SymbolicWorker:
+    """One worker; `run` is a forward."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.states: dict[str, _State] = {}
+        self.memory: dict[Slot, bytes] = {}
+
+    def run(self, out: Any) -> Any:
+        """Carry out a `SchedulerOutput`; what vLLM calls a `ModelRunnerOutput`."""
+        for name in out.finished_req_ids:
+            self.states.pop(name, None)
+        for new in out.scheduled_new_reqs:
+            assert new.req_id not in self.states, "the worker knows it"
+            (blocks,) = new.block_ids
+            self.states[new.req_id] = _State(
+                Text(new.prompt_token_ids), list(blocks), new.num_computed_tokens
+            )
+        self._go_on(out.scheduled_cached_reqs)
+        self._copy(out.kv_connector_metadata.copies)
+        rows = out.num_scheduled_tokens
+        assert out.total_num_scheduled_tokens == sum(rows.values())
+        for name, count in rows.items():  # all rows write before any reads, as each layer does
+            self._write(self.states[name], count)
+        sampled = [self._read(self.states[name], count) for name, count in rows.items()]
+        return SimpleNamespace(
+            sampled_token_ids=sampled,
+            req_id_to_index={name: at for at, name in enumerate(rows)},
+            logprobs=None,
+            prompt_logprobs_dict={},
+        )
+
+    def _go_on(self, cached: Any) -> None:
+        for at, name in enumerate(cached.req_ids):
+            state = self.states[name]
+            state.computed = cached.num_computed_tokens[at]
+            blocks = cached.new_block_ids[at]
+            if name in cached.resumed_req_ids:
+                (state.blocks,) = ([*ids] for ids in blocks)
+            elif blocks is not None:
+                state.blocks += blocks[0]
+
+    def _copy(self, copies: Any) -> None:
+        for copy in copies:
+            pairs = [
+                ((copy.from_tier, src, offset), (copy.to_tier, dst, offset))
+                for src, dst in zip(copy.src, copy.dst, strict=True)
+                for offset in range(self.block_size)
+            ]
+            taken = [(slot, self.memory.get(source)) for source, slot in pairs]
+            for slot, value in taken:
+                self.memory.pop(slot, None)
+                if value is not None:
+                    self.memory[slot] = value
+
+    def _slot(self, state: _State, position: int) -> Slot:
+        block = state.blocks[position // self.block_size]
+        assert block > 0, "vLLM's null block"
+        return DEVICE, block, position % self.block_size
+
+    def _write(self, state: _State, count: int) -> None:
+        stop = state.computed + count
+        assert stop <= len(state.text.tokens)
+        for position in range(state.computed, stop):
+            self.memory[self._slot(state, position)] = state.text.kv[position]
+
+    def _read(self, state: _State, count: int) -> list[int]:
+        stop = state.computed + count
+        for position in range(stop):
+            held = self.memory.get(self._slot(state, position))
+            assert held == state.text.kv[position], f"wrong KV at {position}"
+        return [state.text.go_on()] if stop == len(state.text.tokens) else []

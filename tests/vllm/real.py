@@ -76,7 +76,7 @@ def default_answers(
     greedy = [pair for pair in pairs if pair[1].temperature == 0]
     with _environment():
         engine = LLM(**settings(folder))
-        found = {}
+        found: dict[str, Any] = {}
         for batch in (greedy, *([pair] for pair in pairs if pair not in greedy)):
             prompts = [{"prompt_token_ids": list(tokens_of(request))} for request, _ in batch]
             outputs = engine.generate(prompts, [params for _, params in batch], use_tqdm=False)

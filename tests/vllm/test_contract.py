@@ -19,7 +19,7 @@ from sagellm_ir.runtime.engines.embedded.export import export_folder
 from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
 from sagellm_ir.runtime.engines.vllm.versions import TESTED_VERSIONS, check_version
 from sagellm_ir.runtime.planner import OnlinePlanner
-from sagellm_ir.runtime.running import RunReport, run_plan
+from sagellm_ir.runtime.running import Answer, RunReport, run_plan
 from tests.vllm.real import (
     OVERRIDES,
     default_answers,
@@ -33,7 +33,7 @@ FRONT = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,disaggregate,schedule"
 POLICIES = ("belady", "lru", "lfu", "fifo", "cost")
 Answers = dict[str, list[int]]
 SAMPLED = {
-    "seeded": Sampling(temperature=0.9, top_p=0.9, top_k=40, seed=11),
+    "seeded": Sampling(temperature=2.0, top_p=0.99, top_k=200, seed=11),
     "stopped": Sampling(stop=(" the", "France")),
     "greedy": Sampling(),
 }
@@ -211,7 +211,7 @@ def test_sampling_and_stops_reach_vllm(
     requests = [request for request, _ in asked if request.id in SAMPLED]
     backend: Any = loaded.backend
     backend._stop_at_eos = True
-    answers = {}
+    answers: dict[str, Answer] = {}
     for request in requests:
         report = run_plan(backend, compile_requests([request], loaded.target, "O2").plan)
         answers |= report.answers

@@ -5,6 +5,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from attrs import evolve
+
 from sagellm_ir.build import chat_tokens
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, PlanRequest
@@ -38,6 +40,8 @@ class SageLLMEngine:
         engine_id: its name in a fleet.
         pipeline: the passes of the online planner.
         reserve: tokens of an answer to plan at a time (see `OnlinePlanner`).
+        max_loops: forwards of one step, at most. Tokens are sent, and new requests looked at, after
+            each step; with more there are fewer and shorter plans.
         max_waiting: requests without a first step; one more is refused with `EngineBusy`.
     """
 
@@ -48,13 +52,15 @@ class SageLLMEngine:
         engine_id: str = "sagellm-0",
         pipeline: str = "O2",
         reserve: int | None = None,
+        max_loops: int = 1,
         max_waiting: int = 256,
     ) -> None:
         self.engine_id = engine_id
         self.pipeline = pipeline
         self.loaded = loaded
         self._meter = Meter(loaded.target)
-        planner = OnlinePlanner(loaded.target, pipeline, reserve=reserve)
+        target = evolve(loaded.target, max_loops=min(max_loops, loaded.target.max_loops))
+        planner = OnlinePlanner(target, pipeline, reserve=reserve)
         self._loop = EngineLoop(engine_id, loaded.backend, planner, self._meter, max_waiting)
 
     @property

@@ -1,0 +1,200 @@
+"""The workloads of `lmdeploy_e2e.py`: what is sent when, and what is measured of the answers."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import define, field, frozen
+
+__all__ = ["ROWS", "WARM_UP", "Answered", "Client", "Row", "Run"]
+
+Ids = list[int]
+
+AGENT_TURNS = ((15678, 175), (15874, 153), (16056, 133), (16606, 261), (16900, 176), (24809, 427))
+"""Prompt and answer tokens of the first turns of a coding agent's session: `trace_0014` of
+callanjfox/kv-cache-tester (94f6046d, Apache-2.0). Each prompt repeats the session so far."""
+AGENT_SYSTEM = 14336
+"""Leading tokens that sessions of the same agent share: an assumption, the trace has one session."""
+
+
+@frozen
+class Answered:
+    """One request. Times in seconds since it was sent; `name` is the same in every configuration."""
+
+    name: str
+    first: float
+    last: float
+    tokens: Ids
+
+
+class Client:
+    """Sends requests of token ids to one LMDeploy engine; greedy, answers of a given length."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._session = 0
+        self.rng = np.random.default_rng()
+        """Seeded by each row, so that a row is the same whatever ran before it."""
+
+    def ids(self, count: int) -> Ids:
+        """Random token ids."""
+        found: Ids = self.rng.integers(1000, 150_000, count).tolist()
+        return found
+
+    async def ask(self, name: str, prompt: Ids, new: int) -> Answered:
+        """One request, from sending to its last token."""
+        from lmdeploy.messages import GenerationConfig
+
+        self._session += 1
+        session = self._session
+        config = GenerationConfig(max_new_tokens=new, min_new_tokens=new, top_k=1, ignore_eos=True)
+        instance = self._engine.create_instance()
+        tokens: Ids = []
+        began = time.perf_counter()
+        first = last = 0.0
+        async for out in instance.async_stream_infer(session, prompt, gen_config=config):
+            if len(out.token_ids):
+                last = time.perf_counter() - began
+                first = first or last
+                tokens += [int(token) for token in out.token_ids]
+        await instance.async_end(session)
+        return Answered(name, first, last, tokens)
+
+
+@define
+class Run:
+    """What a workload gave."""
+
+    wall: float
+    answers: list[Answered] = field(factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Times in seconds, TPOT in milliseconds."""
+        firsts = np.array([answer.first for answer in self.answers])
+        steps = [
+            (answer.last - answer.first) / max(len(answer.tokens) - 1, 1) for answer in self.answers
+        ]
+        tokens = sum(len(answer.tokens) for answer in self.answers)
+        return {
+            "requests": len(self.answers),
+            "wall_s": round(self.wall, 3),
+            "ttft_mean_s": round(float(firsts.mean()), 4),
+            "ttft_p99_s": round(float(np.percentile(firsts, 99)), 4),
+            "tpot_mean_ms": round(float(np.mean(steps)) * 1e3, 3),
+            "output_tok_s": round(tokens / self.wall, 1),
+        }
+
+
+@frozen
+class Row:
+    """A workload: prepared (random prompts), then run and timed. Rows of a seed have equal prompts."""
+
+    name: str
+    seed: int
+    make: Callable[[Client], Callable[[Client], Awaitable[list[Answered]]]]
+
+    async def run(self, client: Client) -> Run:
+        """Run it once."""
+        client.rng = np.random.default_rng(self.seed)
+        work = self.make(client)
+        began = time.perf_counter()
+        answers = await work(client)
+        return Run(time.perf_counter() - began, answers)
+
+
+def _at_once(prompts: Callable[[Client], Sequence[Ids]], new: int, pause: float = 0.0) -> Any:
+    """All requests are sent at once; with a pause, in two halves."""
+
+    def make(client: Client) -> Callable[[Client], Awaitable[list[Answered]]]:
+        ready = prompts(client)
+
+        async def work(client: Client) -> list[Answered]:
+            async def later(number: int) -> Answered:
+                await asyncio.sleep(pause if 2 * number >= len(ready) else 0.0)
+                return await client.ask(str(number), ready[number], new)
+
+            return list(await asyncio.gather(*(later(at) for at in range(len(ready)))))
+
+        return work
+
+    return make
+
+
+def _unshared(count: int, length: int, new: int, pause: float = 0.0) -> Any:
+    return _at_once(lambda client: [client.ids(length) for _ in range(count)], new, pause)
+
+
+def _shared(prefix: int, count: int, new: int) -> Any:
+    """Requests of one prefix, the same for a length and count, and 128 tokens of their own."""
+
+    def prompts(client: Client) -> Sequence[Ids]:
+        start: Ids = np.random.default_rng((prefix, count)).integers(1000, 150_000, prefix).tolist()
+        return [start + client.ids(128) for _ in range(count)]
+
+    return _at_once(prompts, new)
+
+
+def _mixed(count: int, rate: float, new: int) -> Any:
+    """Poisson arrivals: every second request asks about one of four documents of 4096 tokens."""
+
+    def make(client: Client) -> Callable[[Client], Awaitable[list[Answered]]]:
+        documents = [client.ids(4096) for _ in range(4)]
+        prompts = [
+            documents[at // 2 % 4] + client.ids(128) if at % 2 else client.ids(1024)
+            for at in range(count)
+        ]
+        at = np.cumsum(client.rng.exponential(1 / rate, count))
+
+        async def work(client: Client) -> list[Answered]:
+            async def later(number: int) -> Answered:
+                await asyncio.sleep(float(at[number]))
+                return await client.ask(str(number), prompts[number], new)
+
+            return list(await asyncio.gather(*(later(number) for number in range(count))))
+
+        return work
+
+    return make
+
+
+def _agents(sessions: int, turns: Sequence[tuple[int, int]], system: int) -> Any:
+    """Sessions of one agent, a second apart by sixteens; each turn follows the answer before it."""
+
+    def make(client: Client) -> Callable[[Client], Awaitable[list[Answered]]]:
+        shared = client.ids(system)
+        own = [client.ids(turns[-1][0]) for _ in range(sessions)]
+
+        async def work(client: Client) -> list[Answered]:
+            async def session(number: int) -> list[Answered]:
+                await asyncio.sleep(number / 16)
+                history, fresh, done = list(shared), iter(own[number]), []
+                for turn, (length, new) in enumerate(turns):
+                    history += [next(fresh) for _ in range(length - len(history))]
+                    answer = await client.ask(f"{number}.{turn}", list(history), new)
+                    history += answer.tokens
+                    done.append(answer)
+                return done
+
+            every = await asyncio.gather(*(session(number) for number in range(sessions)))
+            return [answer for done in every for answer in done]
+
+        return work
+
+    return make
+
+
+ROWS = (
+    Row("64 x 1024, nothing shared", 1, _unshared(64, 1024, 128)),
+    Row("64 x (8192 shared + 128), cold", 2, _shared(8192, 64, 128)),
+    Row("64 x (8192 + 128), again", 3, _shared(8192, 64, 128)),
+    Row("256 x (8192 shared + 128), cold", 4, _shared(8192, 256, 128)),
+    Row("256 x (8192 + 128), again", 5, _shared(8192, 256, 128)),
+    Row("128 x (32768 shared + 128), cold", 6, _shared(32768, 128, 128)),
+    Row("128 x (32768 + 128), again", 7, _shared(32768, 128, 128)),
+    Row("mixed, Poisson 16/s", 8, _mixed(192, 16.0, 128)),
+    Row("agents, 24 sessions x 6 turns", 9, _agents(24, AGENT_TURNS, AGENT_SYSTEM)),
+    Row("64 x 1024, the first row's prompts in halves", 1, _unshared(64, 1024, 128, pause=0.3)),
+)
+WARM_UP = Row("warm-up", 0, _unshared(64, 1024, 16))

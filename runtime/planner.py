@@ -134,6 +134,12 @@ class OnlinePlanner:
         self._issued += 1
         return step
 
+    def peek(self) -> PlanStep | None:
+        """The next step if nothing happens until then; None: the plan is at its end, or outdated."""
+        if self._dirty or self.plan is None or self._position == len(self.plan.steps):
+            return None
+        return self.plan.steps[self._position]
+
     def _stale(self, view: EngineView) -> bool:
         """Whether the plan no longer fits: also forgets the requests that have ended."""
         known = {seen.id: seen for seen in _seen(view)}

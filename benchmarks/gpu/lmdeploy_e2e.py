@@ -53,7 +53,7 @@ def rows_of(text: str, config: str) -> list[int]:
     """The rows that a configuration runs."""
     choice = dict(part.split("=") for part in text.split(";") if "=" in part)
     text = choice.get(config, "" if choice else text) or (CHEAP if config == "patched" else ROWS)
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)

@@ -5,12 +5,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lmdeploy_rows import ROWS, WARM_UP, Client
+from ticks import Ticks
 
 CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -19,43 +18,6 @@ CONFIG: dict[str, Any] = {
     "enable_prefix_caching": True,
     "max_prefill_token_num": 8192,
 }
-
-
-class Ticks:
-    """Host time of each scheduling decision, in milliseconds."""
-
-    def __init__(self, engine: Any) -> None:
-        self._times: list[float] = []
-        self._begun = 0.0
-        scheduler = engine.scheduler
-        source = getattr(scheduler, "plan_source", None)
-        if source is not None:
-            source.decide_prefill = self._timed(source.decide_prefill)
-        scheduler.schedule = self._timed(scheduler.schedule, ends=True)
-
-    def _timed(self, call: Callable[..., Any], ends: bool = False) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                result = call(*args, **kwargs)
-            finally:
-                self._begun += time.perf_counter() - began
-            if ends and (getattr(result, "running", None) or []):
-                self._times.append(self._begun * 1e3)
-                self._begun = 0.0
-            return result
-
-        return timed
-
-    def take(self) -> dict[str, float]:
-        """Those since the last call."""
-        times, self._times = np.array(self._times or [0.0]), []
-        return {
-            "ticks": len(times),
-            "tick_p50_ms": round(float(np.percentile(times, 50)), 3),
-            "tick_p99_ms": round(float(np.percentile(times, 99)), 3),
-            "tick_sum_ms": round(float(times.sum()), 1),
-        }
 
 
 def build(task: dict[str, Any]) -> Any:

@@ -97,5 +97,6 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    make: Any = PreTrainedTokenizerFast
+    whole = make(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     whole.save_pretrained(folder)

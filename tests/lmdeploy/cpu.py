@@ -147,7 +147,7 @@ class FakeExecutor:
 
     async def forward_async(self, inputs: dict[str, Any]) -> None:
         model = inputs["inputs"]
-        groups = getattr(model, "prefix_groups", None)
+        said = getattr(model, "prefix_groups", None)
         self.trace.append(
             {
                 "decode": bool(model.is_decoding),
@@ -155,7 +155,7 @@ class FakeExecutor:
                 "history": model.history_lengths.tolist(),
                 "loops": inputs["loop_count"],
                 "blocks": model.block_offsets.tolist(),
-                "groups": None if groups is None else groups.tolist(),
+                "groups": [] if said is None else said.groups.tolist(),
                 "swaps": [dict(inputs["swap_in_map"]), dict(inputs["swap_out_map"])],
             }
         )

@@ -4,11 +4,11 @@ What is admitted must run: its blocks are in the trie before they are computed, 
 same forward can share them (a forward writes the KV of all rows before it reads any, layer by layer).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import torch
+import numpy as np
 from lmdeploy.messages import EventType
 from lmdeploy.pytorch.messages import MessageStatus
 
@@ -63,7 +63,7 @@ class Admission:
 
     def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
         """Admit decode rows for `loops` tokens each; those without room keep running, later."""
-        manager, trie = self.scheduler.block_manager, self.scheduler.block_trie
+        manager = self.scheduler.block_manager
         members = {seq.seq_id for seq in seqs}
         self.refused.clear()
         admitted = []
@@ -74,7 +74,7 @@ class Admission:
                     self.refused.add(seq.seq_id)
                     continue
                 manager.allocate(seq, loops)
-            trie.allocate(seq)
+            self.kv.insert(seq)
             admitted.append(seq)
         return admitted
 
@@ -140,39 +140,48 @@ class PartialPrefills:
 
 
 def group_rows(
-    rows: Sequence[tuple[str, Any]], groups: Iterable[PrefixGroup], block_size: int
-) -> tuple[list[Any], torch.Tensor | None]:
-    """Order rows so that every group's are adjacent; the groups as int32 [groups, 4].
+    here: Mapping[str, Any], groups: Iterable[PrefixGroup], agreed: set[PrefixGroup]
+) -> tuple[list[Any], list[tuple[int, int, int, int]]]:
+    """Order rows so that every group's are adjacent; the groups as (first token, end, first row, rows).
 
-    A group is (first token, end, first row, rows). One whose rows do not hold equal blocks, or of
-    which fewer than two rows are left, is left out: the kernel reads one row's blocks for all.
+    A group whose rows do not hold equal blocks, or of which fewer than two rows are left, is left
+    out: the kernel reads one row's blocks for all.
+
+    Args:
+        here: the step's sequences by request.
+        groups: the plan's.
+        agreed: groups whose blocks need no second look; those found equal are added.
     """
-    here = dict(rows)
-    kept = [
-        (group, members)
-        for group in sorted(groups, key=lambda group: (group.start, group.stop))
-        if len(members := [name for name in group.requests if name in here]) > 1
-        and _agree([here[name] for name in members], group, block_size)
-    ]
+    kept = []
+    for group in sorted(groups, key=lambda group: (group.start, group.stop)):
+        members = [name for name in group.requests if name in here]
+        if len(members) > 1 and (
+            group in agreed or _agree([here[name] for name in members], group)
+        ):
+            agreed.add(group)
+            kept.append((group, members))
+    if not kept:
+        return list(here.values()), []
     # Groups are a forest: sorting by the groups a row is in, outermost first, makes each a run.
     places: dict[str, list[int]] = {name: [] for name in here}
     for place, (_, members) in enumerate(kept):
         for name in members:
             places[name].append(place)
     order = sorted(here, key=lambda name: places[name] or [len(kept)])
-    if not kept:
-        return [here[name] for name in order], None
     row = {name: at for at, name in enumerate(order)}
     table = [
         (group.start, group.stop, min(row[name] for name in members), len(members))
         for group, members in kept
     ]
-    return [here[name] for name in order], torch.tensor(table, dtype=torch.int32)
+    return [here[name] for name in order], table
 
 
-def _agree(seqs: Sequence[Any], group: PrefixGroup, block_size: int) -> bool:
+def _agree(seqs: Sequence[Any], group: PrefixGroup) -> bool:
+    block_size = seqs[0].block_size
+    if group.start % block_size or group.stop % block_size:
+        return False
     span = slice(group.start // block_size, group.stop // block_size)
-    tables = {seq.logical_blocks.get_real_blocks()[span].tobytes() for seq in seqs}
-    whole = group.start % block_size == 0 == group.stop % block_size
-    held = len(seqs[0].logical_blocks.get_real_blocks()[span]) == span.stop - span.start
-    return whole and held and len(tables) == 1
+    first = seqs[0].logical_blocks.get_real_blocks()[span]
+    if len(first) != span.stop - span.start:
+        return False
+    return all(np.array_equal(seq.logical_blocks.get_real_blocks()[span], first) for seq in seqs)

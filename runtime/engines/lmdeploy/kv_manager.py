@@ -105,6 +105,12 @@ class KVManager:
         self.counters.stored += len(kept)
         self.expendable.difference_update(kept)
 
+    def insert(self, seq: Any) -> None:
+        """Put full blocks of a sequence into the trie; quick when it has none that are not in it."""
+        cursor = getattr(seq.logical_blocks, "last_shared_node", None)
+        if cursor is None or seq.num_valid_ids >= cursor.num_matched + self.trie.block_size:
+            self.trie.allocate(seq)
+
     # Admission.
 
     def snapshot(self, seq: Any) -> Snapshot:

@@ -62,15 +62,33 @@ class OnlineSource:
         self._scheduler = scheduler
         self._names = names
         self._known: set[str] = set()
+        self._ended = 0
 
     def next_step(self, view: EngineView) -> PlanStep | None:
         """See `PlanSource`."""
-        here = {seen.id for seen in (*view.waiting, *view.running)}
-        self._known &= here
-        for seen in (*view.waiting, *view.running):
+        here = [*view.waiting, *view.running]
+        for seen in here:
             if seen.id not in self._known:
                 self._known.add(seen.id)
                 self._submit(seen)
+        if len(self._known) > len(here):
+            self._known.intersection_update(seen.id for seen in here)
+        self._ended = len(view.finished)
+        return self.planner.next_step(view)
+
+    def ahead(self, view: EngineView) -> PlanStep | None:
+        """The next prefill while one is in flight, or None: not planned yet, or not sure.
+
+        Args:
+            view: with the sequences in flight. Each must have more than one token to come.
+        """
+        here = [*view.waiting, *view.running]
+        step = self.planner.peek()
+        changed = len(view.finished) != self._ended or len(here) != len(self._known)
+        if step is None or not step.prefill or step.kv or changed:
+            return None
+        if any(seen.id not in self._known or seen.max_new_tokens < 2 for seen in here):
+            return None
         return self.planner.next_step(view)
 
     def _submit(self, seen: RequestView) -> None:

@@ -14,12 +14,13 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import PlanStep
+from sagellm_ir.lowering.plan import PlanStep, PrefixGroup
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, sequences, view_of
+from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, Requests
 
 __all__ = ["PlanDriver"]
 
@@ -67,10 +68,13 @@ class PlanDriver:
         """Steps that LMDeploy scheduled by its own rules."""
         self._todo: deque[PlanStep] = deque()
         self._ready: PlanStep | None = None
-        self._found: dict[str, Any] = {}
-        """The sequences of this tick by request id."""
+        self._prefilling = False
+        """Whether the last step was a prefill."""
+        self._requests = Requests(self.scheduler, self.names)
         self._seen: set[str] = set()
         self._blocks = PlanBlocks(self.kv)
+        self._agreed: set[PrefixGroup] = set()
+        """Groups whose rows were seen to hold equal blocks since the last prefill."""
         engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
         self.scheduler.plan_source = self
 
@@ -82,7 +86,8 @@ class PlanDriver:
 
     def view(self) -> EngineView:
         """What the engine reports to the source."""
-        return view_of(self.scheduler, sequences(self.scheduler, self.names))
+        self._requests.refresh()
+        return self._requests.snapshot()
 
     def move(self, step: PlanStep) -> None:
         """Do the moves and frees of a step without rows, while nothing is in flight."""
@@ -97,10 +102,12 @@ class PlanDriver:
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
         self._ready = None
-        if self._is_in_flight():
+        if self._is_in_flight() and not self._prefilling:
             return False
-        self._found = sequences(self.scheduler, self.names)
-        self._seen.update(self._found)
+        self._requests.refresh()
+        self._seen.update(self._requests.found)
+        if self._is_in_flight():
+            return self._look_ahead()
         for _ in range(_MOVES_ONLY):
             if not self._todo:
                 self._todo.extend(self._ask())
@@ -115,13 +122,24 @@ class PlanDriver:
             self._blocks.move(self._todo.popleft())
         return None
 
+    def _look_ahead(self) -> bool:
+        """Have the next prefill ready while one is in flight, if the source knows it already."""
+        ahead = getattr(self.source, "ahead", None)
+        if not self._todo and ahead is not None:
+            step = ahead(self._requests.view(in_flight=True))
+            self._todo.extend([] if step is None else [step])
+        if self._todo and self._todo[0].prefill and not self._must_wait(self._todo[0]):
+            self._ready = self._todo[0]
+        return self._ready is not None
+
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         """The next step. Empty while it must wait for the one in flight."""
-        if self._is_in_flight():
+        if self._is_in_flight() and self._ready is None:
             return _output([])
         output = self._planned(is_prefill, prealloc_size) if self._todo else None
         if output is None:
             output = _output([]) if self.hold else self._stock(is_prefill, prealloc_size)
+            output.prefix_groups = BatchRows.of(output.running)
             self.unplanned += bool(output.running)
         self._answer_aborted()
         self._count(output, is_prefill)
@@ -130,6 +148,7 @@ class PlanDriver:
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
         if not output.running:
             return
+        self._prefilling = is_prefill
         if output.loop_count is None:
             output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
         tokens = sum(seq.num_token_ids for seq in output.running) * output.loop_count
@@ -149,7 +168,7 @@ class PlanDriver:
 
     def _ask(self) -> list[PlanStep]:
         try:
-            step = self.source.next_step(view_of(self.scheduler, self._found))
+            step = self.source.next_step(self._requests.view())
         except Exception:
             logger.exception("the plan source failed; LMDeploy schedules this step")
             self.rejected.append("the source failed")
@@ -163,6 +182,8 @@ class PlanDriver:
         decode of one token, or nothing when it would recompute what LMDeploy never dropped. Requests
         that ended early are left out.
         """
+        if not step.prefill and not any(map(self._is_over, step.decode)):
+            return [step]
         chunks, decode = [], []
         for chunk in step.prefill:
             seq = self._sequence(chunk.request)
@@ -193,7 +214,7 @@ class PlanDriver:
             self.rejected.append(problem)
             return None
         self._blocks.move(step)
-        seqs = {name: self._sequence(name) for name in self._named(step)}
+        seqs = {name: self._requests.found[name] for name in self._named(step)}
         if is_prefill:
             ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
         else:
@@ -208,13 +229,14 @@ class PlanDriver:
             return None
         for bind in step.binds:
             self._blocks.bind(bind, self._sequence(bind.request))
-        size = self.scheduler.cache_config.block_size
         running = {seq.seq_id for seq in ran}
-        rows = [(name, seq) for name, seq in seqs.items() if seq.seq_id in running]
-        ordered, groups = group_rows(rows, step.groups, size)
+        rows = {name: seq for name, seq in seqs.items() if seq.seq_id in running}
+        if is_prefill or refused:
+            self._agreed.clear()  # blocks were given out anew
+        ordered, groups = group_rows(rows, step.groups, self._agreed)
         output = _output(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
-        output.prefix_groups = groups
+        output.prefix_groups = BatchRows.of(ordered, groups)
         return output
 
     def _must_wait(self, step: PlanStep) -> bool:
@@ -223,21 +245,21 @@ class PlanDriver:
             return True
         for name in self._named(step):
             seq = self._sequence(name)
-            if seq is not None and seq.status == MessageStatus.LOCKED:
-                return True
-            if seq is None and self.names.session(name) is not None and not self._is_over(name):
+            if seq is not None:
+                if seq.status is MessageStatus.LOCKED:
+                    return True
+            elif self.names.session(name) is not None and not self._is_over(name):
                 return True
         return False
 
     def _problem(self, step: PlanStep, prealloc_size: int) -> str:
         """What is wrong with a step, or nothing."""
         names = self._named(step)
-        unknown = [name for name in names if self.names.session(name) is None]
-        if unknown:
-            return f"unknown requests {unknown}"
-        if len(names) != len(set(names)):
-            return "a request stands in it twice"
-        rows = {name: self._sequence(name) for name in names}
+        found = self._requests.found
+        rows = {name: found[name] for name in names if name in found}
+        if len(rows) < len(names):
+            unknown = [name for name in names if name not in found]
+            return f"unknown requests {unknown}" if unknown else "a request stands in it twice"
         wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
         for name, seq in rows.items():
             if seq.status is not wanted:
@@ -265,12 +287,12 @@ class PlanDriver:
         return [chunk.request for chunk in step.prefill] or list(step.decode)
 
     def _sequence(self, name: str) -> Any:
-        return self._found.get(name)
+        return self._requests.found.get(name)
 
     def _is_over(self, name: str) -> bool:
         """Whether a request has ended, or was in the scheduler and left it."""
-        seq = self._found.get(name)
-        return name in self._seen if seq is None else seq.status.name in ENDED
+        seq = self._requests.found.get(name)
+        return name in self._seen if seq is None else seq.status in ENDED
 
     # LMDeploy's own rules.
 

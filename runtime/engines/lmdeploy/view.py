@@ -1,16 +1,19 @@
 """Requests of LMDeploy's scheduler under the names that plans use, and the `EngineView` of its state."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
+
+from attrs import evolve
+from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.runtime.backend import CachedPrefix, EngineView, Finish, RequestView
 from sagellm_ir.target import DEVICE, HOST
 
-__all__ = ["ENDED", "WORKER", "Names", "sequences", "view_of"]
+__all__ = ["ENDED", "WORKER", "Names", "Requests", "still"]
 
 _UNNAMED = re.compile(r"session-(\d+)-\d+")
-ENDED = ("STOPPED", "ABORTED", "TO_BE_MIGRATED")
+ENDED = frozenset((MessageStatus.STOPPED, MessageStatus.ABORTED, MessageStatus.TO_BE_MIGRATED))
 """States of a sequence that has no more to compute."""
 WORKER = "w0"
 """One LMDeploy engine is one worker."""
@@ -57,47 +60,107 @@ class Names:
         return seq if seq is None or self.request(seq) == request else None
 
 
-def sequences(scheduler: Any, names: Names) -> dict[str, Any]:
-    """All sequences of a scheduler by request id."""
-    return {
-        names.request(seq): seq
-        for session in scheduler.sessions.values()
-        for seq in session.sequences.values()
-    }
+class _Live(RequestView):
+    """A `RequestView` that reads its sequence when it is asked: one for each request, not for each tick."""
+
+    __slots__ = ("seq", "start")
+    seq: Any
+    start: int
+
+    def __init__(self, request: str, seq: Any) -> None:
+        for name, value in (("id", request), ("seq", seq), ("start", seq.output_start_pos)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def prompt_len(self) -> int:
+        return int(self.seq.num_all_ids - self.seq.num_new_tokens)
+
+    @property
+    def computed(self) -> int:
+        return int(self.seq.num_history_ids)
+
+    @property
+    def generated(self) -> int:
+        return int(self.seq.num_new_tokens)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self.seq.sampling_param.max_new_tokens)
+
+    @property
+    def finish(self) -> Finish | None:
+        return "stop" if self.seq.status is MessageStatus.STOPPED else None
 
 
-def view_of(scheduler: Any, found: Mapping[str, Any]) -> EngineView:
-    """What the engine reports; `found` are its `sequences`. Sequences in flight are left out: no step can name them yet."""
-    waiting, running, finished, cached = [], [], [], []
-    for request, seq in found.items():
-        status = seq.status.name
-        if status == "LOCKED":
-            continue
-        seen = _request_view(request, seq, "stop" if status == "STOPPED" else None)
-        if status in ENDED:
-            finished.append(seen)
-        elif status == "WAITING" and seen.computed == 0:
-            waiting.append((seq.arrive_time, seen))
-        else:
-            running.append(seen)
-        full = seq.num_history_ids // seq.block_size
-        if full:
-            table = seq.logical_blocks.get_real_blocks()[:full].tolist()
-            cached.append(CachedPrefix(request, DEVICE, WORKER, tuple(table)))
-    manager = scheduler.block_manager
-    free = {(WORKER, DEVICE): int(manager.get_num_free_gpu_blocks())}
-    free[WORKER, HOST] = int(manager.get_num_free_cpu_blocks())
-    in_order = tuple(seen for _, seen in sorted(waiting, key=lambda pair: pair[0]))
-    return EngineView(in_order, tuple(running), tuple(finished), tuple(cached), free)
+def still(view: EngineView) -> EngineView:
+    """A view to keep: its requests as they are now."""
 
+    def of(part: tuple[RequestView, ...]) -> tuple[RequestView, ...]:
+        return tuple(
+            RequestView(r.id, r.prompt_len, r.computed, r.generated, r.max_new_tokens, r.finish)
+            for r in part
+        )
 
-def _request_view(request: str, seq: Any, finish: Finish | None) -> RequestView:
-    known = seq.num_all_ids
-    return RequestView(
-        id=request,
-        prompt_len=int(known - seq.num_new_tokens),
-        computed=int(seq.num_history_ids),
-        generated=int(seq.num_new_tokens),
-        max_new_tokens=int(seq.sampling_param.max_new_tokens),
-        finish=finish,
+    return evolve(
+        view,
+        waiting=of(view.waiting),
+        running=of(view.running),
+        finished=of(view.finished),
     )
+
+
+class Requests:
+    """The sequences of a scheduler under the names of their requests."""
+
+    def __init__(self, scheduler: Any, names: Names) -> None:
+        self._scheduler, self._names = scheduler, names
+        self._live: dict[int, _Live] = {}
+        self.found: dict[str, Any] = {}
+        """Sequences by request, as of the last `refresh`."""
+
+    def refresh(self) -> None:
+        """Look what is there."""
+        old, live = self._live, {}
+        for session in self._scheduler.sessions.values():
+            for number, seq in session.sequences.items():
+                seen = old.get(number)
+                if seen is None or seen.seq is not seq or seen.start != seq.output_start_pos:
+                    seen = _Live(self._names.request(seq), seq)
+                live[number] = seen
+        self._live = live
+        self.found = {seen.id: seen.seq for seen in live.values()}
+
+    def snapshot(self) -> EngineView:
+        """What the engine reports, all of it, to keep."""
+        return evolve(still(self.view()), cached=tuple(self._cached()))
+
+    def view(self, in_flight: bool = False) -> EngineView:
+        """What a source is asked with.
+
+        Its requests read their sequences when they are asked, so it holds until the next step; and
+        it leaves out the cached blocks.
+
+        Args:
+            in_flight: also sequences in flight, as they were before. No step can name them yet.
+        """
+        waiting, running, finished = [], [], []
+        for seen in self._live.values():
+            status = seen.seq.status
+            if status in ENDED:
+                finished.append(seen)
+            elif status is MessageStatus.WAITING and seen.seq.num_history_ids == 0:
+                waiting.append(seen)
+            elif in_flight or status is not MessageStatus.LOCKED:
+                running.append(seen)
+        waiting.sort(key=lambda seen: seen.seq.arrive_time)
+        manager = self._scheduler.block_manager
+        free = {(WORKER, DEVICE): int(manager.get_num_free_gpu_blocks())}
+        free[WORKER, HOST] = int(manager.get_num_free_cpu_blocks())
+        return EngineView(tuple(waiting), tuple(running), tuple(finished), free=free)
+
+    def _cached(self) -> Iterator[CachedPrefix]:
+        for seen in self._live.values():
+            full = seen.seq.num_history_ids // seen.seq.block_size
+            if full and seen.seq.status is not MessageStatus.LOCKED:
+                table = seen.seq.logical_blocks.get_real_blocks()[:full].tolist()
+                yield CachedPrefix(seen.id, DEVICE, WORKER, tuple(table))

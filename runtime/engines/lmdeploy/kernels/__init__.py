@@ -1,0 +1,1 @@
+"""Attention kernels of `sagellm_ir.runtime.accel` inside LMDeploy."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 import torch
 from attrs import evolve, frozen
@@ -21,11 +22,13 @@ from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
+from sagellm_ir.runtime.engines.embedded.transfer import pack, unpack
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
 from sagellm_ir.runtime.protocols import (
     DEVICE_KINDS,
     KV_DTYPES,
     CapabilityDescriptor,
+    KVChunk,
     KVSchemaConfig,
 )
 from sagellm_ir.target import DEVICE, Target
@@ -100,6 +103,7 @@ class EmbeddedEngine:
             device=device if device in DEVICE_KINDS else "cpu",
             dtypes=("float32", "bfloat16", "float16"),
             kv_dtypes=tuple(KV_DTYPES),
+            supports_kv_transfer=True,
             max_model_len=self.model.config.max_position,
             supports_logprobs=True,
         )
@@ -191,6 +195,25 @@ class EmbeddedEngine:
                 break
             events += self._forward(step, worker, work)
         return events
+
+    def export_kv(self, request: str, worker: str) -> KVChunk:
+        """The KV of all that a worker has computed of a request, to go on elsewhere.
+
+        Raises:
+            SageIRError: the request or worker is unknown, or the worker holds nothing of it.
+        """
+        sequence = self._sequence(request)
+        return pack(self._worker(worker), sequence, self.model.config.name)
+
+    def import_kv(self, chunk: KVChunk, request: str, worker: str, blocks: Seq[int]) -> None:
+        """Fill blocks with KV from another engine; a plan then binds them.
+
+        Raises:
+            SageIRError: the request or worker is unknown, the chunk is of another schema or not of
+                the request's first tokens, or the blocks do not exist or are too few or many.
+        """
+        sequence = self._sequence(request)
+        unpack(chunk, self._worker(worker), sequence, self.model.config.name, blocks)
 
     def _move(self, item: KVMove | KVFree, worker: WorkerMemory) -> int:
         """Carry out one entry of a step's `kv`; the number of blocks copied."""

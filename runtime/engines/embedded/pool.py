@@ -127,6 +127,41 @@ class KVPool:
         for source, target in zip(self._tiers[tier], to._tiers[to_tier], strict=True):
             _copy_blocks(source, src, target, dst)
 
+    def copy_within(self, tier: str, src: Sequence[int], to_tier: str, dst: Sequence[int]) -> None:
+        """See `KVBackendProtocol`."""
+        self.copy(tier, src, self, to_tier, dst)
+
+    def read(self, tier: str, blocks: Sequence[int]) -> bytes:
+        """See `KVBackendProtocol`."""
+        self.check(tier, blocks)
+        taken = [
+            _bytes(part.index_select(3, torch.tensor(blocks, device=part.device)).movedim(3, 0))
+            for part in self._tiers[tier]
+        ]
+        return torch.cat(taken, 1).numpy().tobytes()
+
+    def write(self, tier: str, blocks: Sequence[int], data: bytes) -> None:
+        """See `KVBackendProtocol`."""
+        self.check(tier, blocks)
+        size = self.schema.block_bytes
+        if len(data) != len(blocks) * size:
+            message = f"{len(data)} bytes are not {len(blocks)} KV blocks of {size}"
+            raise SageIRError(Diagnostic(message))
+        rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(len(blocks), size)
+        start = 0
+        for part in self._tiers[tier]:
+            shape = (*part.shape[:3], *part.shape[4:])
+            stop = start + math.prod(shape) * part.itemsize
+            piece = rows[:, start:stop].contiguous().view(part.dtype).view(len(blocks), *shape)
+            index = torch.tensor(blocks, device=part.device)
+            part.index_copy_(3, index, piece.movedim(0, 3).to(part.device))
+            start = stop
+
+
+def _bytes(blocks: Tensor) -> Tensor:
+    """(blocks, bytes) of a (blocks, ...) tensor, in host memory."""
+    return blocks.contiguous().cpu().view(len(blocks), -1).view(torch.uint8)
+
 
 def _pages(
     codec: Codec, dtype: torch.dtype, parts: tuple[Tensor, ...], fixed: Tensor | None

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +19,8 @@ from sagellm_ir.runtime.control_plane.routing import Router
 
 __all__ = ["choose", "run_own", "run_sage", "run_stock"]
 
+GRACE = 30
+"""Seconds for answers under way when the gateway is told to stop."""
 PACKAGE, EXTRA = "sagellm_gateway", "gateway"
 Started = Callable[[str], None]
 
@@ -87,7 +90,12 @@ async def _serve(
 ) -> None:
     async with running as app:
         config = uvicorn.Config(
-            app, host=server.host, port=server.port, log_level="warning", access_log=False
+            app,
+            host=server.host,
+            port=server.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE,
         )
         try:
             listening = config.bind_socket()
@@ -95,9 +103,17 @@ async def _serve(
             message = f"cannot listen on {server.host}:{server.port}"
             help_ = "choose another --port, or stop what listens there"
             raise SageIRError(Diagnostic(message, help=help_)) from None
-        serving = uvicorn.Server(config)
+        serving = _Server(config)
         task = asyncio.create_task(serving.serve([listening]))
         while not serving.started and not task.done():
             await asyncio.sleep(0.01)
         started(f"http://{server.host}:{listening.getsockname()[1]}")
         await task
+
+
+class _Server(uvicorn.Server):
+    """A signal ends it well: uvicorn raises it again when it has shut down."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True

@@ -52,13 +52,11 @@ class Batch:
     def enter_chunks(self) -> None:
         """All chunks of this step are known. One that is alone shares nothing, so it need not enter
         the forest."""
-        if len(self._chunks) == 1 and not self._order and (self._left_out or not self._before):
-            self._alone, self._left_out = True, False
-            self._before.clear()
-            return
-        self._recall()
-        for row, i in self._chunks.items():
-            self._enter(i, row)
+        self._alone = len(self._chunks) == 1 and not self._order
+        if not self._alone:
+            self._recall()
+            for row, i in self._chunks.items():
+                self._enter(i, row)
 
     def join(self, i: int, row: int) -> None:
         """A request starts decode `i`."""
@@ -96,11 +94,15 @@ class Batch:
         return () if self._alone else self.shared.groups
 
     def _recall(self) -> None:
-        """Others come: the chunk that was alone, in this step or the one before, enters late."""
-        if self._left_out or self._alone:
-            for row, i in (self._chunks if self._alone else self._before).items():
+        """Others come: the chunk that was alone, in the step before or in this one, enters late."""
+        if self._left_out:
+            self._left_out = False
+            for row, i in self._before.items():
                 self.shared.enter(i, row, self._graph.requests[row].id)
-            self._left_out = self._alone = False
+        if self._alone:
+            self._alone = False
+            for row, i in self._chunks.items():
+                self._enter(i, row)
 
     def _enter(self, i: int, row: int) -> None:
         name = self._graph.requests[row].id

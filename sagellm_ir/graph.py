@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
-from sagellm_ir.nodes import IRNode, Location, Prefill
+from sagellm_ir.nodes import IRNode, Location
 from sagellm_ir.request import RequestInfo
 from sagellm_ir.target import Target
 
@@ -100,7 +100,7 @@ class IRGraph:
         """
         if self.target.mixed:
             return self.loops
-        filled = {node.step for node in self.nodes if isinstance(node, Prefill)}
+        filled = set(self.columns.step[self.columns.is_prefill].tolist())
         return tuple(0 if step in filled else loops for step, loops in enumerate(self.loops))
 
     def replace(self, **changes: Any) -> "IRGraph":

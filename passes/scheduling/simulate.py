@@ -285,8 +285,8 @@ class Simulation(Admission):
         loops = 1
         if not state.rows:
             loops = min(state.running[0][0] - state.forwards, self.target.max_loops)
-            once = self.cost.forward(rows, context + rows, read, rows)
             if state.inbox:  # a coming request should not wait for a long step
+                once = self.cost.forward(rows, context + rows, read, rows)
                 loops = min(loops, max(1, math.ceil((state.inbox[0][0] - state.now) / once)))
         # attention grows by a key a row in each forward: price the one in the middle
         pairs = state.pairs + context + rows * (loops + 1) // 2

@@ -126,6 +126,8 @@ def _too_early(c: Columns, i: int, j: int, what: str) -> Finding:
 
 def collectives_inside(c: Columns) -> Iterator[Finding]:
     """A collective starts in a step in which all its operands run, and none rests."""
+    if not c.is_allreduce.any():
+        return
     user, operand = c.operands.user, c.operands.target
     outside = (c.step[user] < c.step[operand]) | (c.step[user] > c.finish[operand])
     resting = np.array(c.graph.decode_loops, dtype=np.int64)[c.step[user]] == 0

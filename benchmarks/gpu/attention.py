@@ -21,9 +21,10 @@ if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Before anything imports triton.
 
 import torch
+import triton
 from attrs import asdict
 from peers import PEERS, Unsuitable
-from timing import device_rates, seconds
+from timing import Timer, device_rates
 from workloads import HEADS, Workload, correctness, decode, extend, smoke, trees
 
 from sagellm_ir.runtime.accel import AttentionSpec, Gate, SharedPrefix
@@ -34,15 +35,15 @@ Rates = dict[str, float]
 
 
 def attention(
-    work: Workload, device: str, gate: Gate | None, overlap: bool = False
+    work: Workload, device: str, gate: Gate | None, overlap: bool = True
 ) -> PrefixAttention:
     return PrefixAttention(
         work.spec,
-        max_batch=len(work.q_lens),
-        max_rows=sum(work.q_lens),
+        max_batch=256,
+        max_rows=max(256, sum(work.q_lens)),
         device=device,
         gate=gate,
-        workspace=256 << 20 if device.startswith("cuda") else 1 << 20,
+        workspace=128 << 20 if device.startswith("cuda") else 1 << 20,
         overlap=overlap,
     )
 
@@ -65,14 +66,14 @@ def check(works: list[Workload], device: str) -> bool:
 
 
 def ours(
-    work: Workload, batch: Batch, gate: Gate | None, overlap: bool = False
+    timer: Timer, work: Workload, batch: Batch, gate: Gate | None, overlap: bool = True
 ) -> tuple[float, PrefixAttention]:
     """Seconds of a layer: `schedule` runs once a forward, so it is not part of it."""
     kernels = attention(work, str(batch.q.device), gate, overlap)
     kernels.update(work.q_lens, work.kv_lens, work.groups)
     kernels.schedule(batch.lengths)
     out = torch.empty_like(batch.q)
-    return seconds(lambda: run(kernels, batch, out))[0], kernels
+    return timer.seconds(lambda: run(kernels, batch, out))[0], kernels
 
 
 def run(kernels: PrefixAttention, batch: Batch, out: torch.Tensor) -> torch.Tensor:
@@ -82,34 +83,39 @@ def run(kernels: PrefixAttention, batch: Batch, out: torch.Tensor) -> torch.Tens
     )
 
 
-def measure(work: Workload, device: str, gate: Gate | None, rates: Rates) -> dict[str, Any]:
-    """One row: ours with the gate, on one stream and on two; without sharing; every peer."""
+def measure(
+    timer: Timer, work: Workload, device: str, gate: Gate | None, rates: Rates
+) -> dict[str, Any]:
+    """One row: ours with the gate, on two streams and on one; without sharing; every peer."""
     batch = random_batch(
         *(work.spec, work.q_lens, work.kv_lens, work.groups), device=device, poison=False
     )
-    time, kernels = ours(work, batch, gate)
+    time, kernels = ours(timer, work, batch, gate)
     expected = run(kernels, batch, torch.empty_like(batch.q))
-    floors = [max(b / rates["bandwidth"], f / rates["flops"]) for b, f in work.phases]
+    memory = max(rates["bandwidth"], rates["read"])
+    floors = [max(b / memory, f / rates["flops"]) for b, f in work.phases]
     row: dict[str, Any] = {"name": work.name, "ours_us": time * 1e6, "phases": work.phases}
     row |= {"variant": asdict(kernels.variant), "roofline_share": max(floors) / time}
     if kernels.variant.shared:
-        row["overlap_us"] = ours(work, batch, gate, overlap=True)[0] * 1e6
-    plain = Workload(work.name, work.spec, work.q_lens, work.kv_lens, ())
-    row["plain_us"] = ours(plain, batch, gate)[0] * 1e6
-    row["peers"] = {name: peer(name, work.spec, batch, expected) for name in PEERS}
+        row["in_turn_us"] = ours(timer, work, batch, gate, overlap=False)[0] * 1e6
+        plain = Workload(work.name, work.spec, work.q_lens, work.kv_lens, ())
+        row["plain_us"] = ours(timer, plain, batch, gate)[0] * 1e6
+    row["peers"] = {name: peer(timer, name, work.spec, batch, expected) for name in PEERS}
     times = [found["us"] for found in row["peers"].values() if "us" in found]
     row["best_peer_us"] = min(times, default=None)
     return row
 
 
-def peer(name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor) -> dict[str, Any]:
+def peer(
+    timer: Timer, name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor
+) -> dict[str, Any]:
     """A peer's time and its distance from our result, or why there is none."""
     try:
         if spec.kv != "native" or spec.window or spec.softcap or spec.sinks:
             raise Unsuitable("the peers are called for plain attention only")
         work = PEERS[name](spec, batch)
         error = float((work().reshape(expected.shape).float() - expected.float()).abs().max())
-        time, how = seconds(work)
+        time, how = timer.seconds(work)
         return {"us": time * 1e6, "how": how, "difference": error}
     except (ImportError, Unsuitable) as reason:
         return {"none": str(reason)}
@@ -117,7 +123,7 @@ def peer(name: str, spec: AttentionSpec, batch: Batch, expected: torch.Tensor) -
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def measured_gate(rates: Rates) -> Gate:
+def measured_gate(timer: Timer, rates: Rates) -> Gate:
     """The gate's constants on this device, by batches made to show one each."""
     spec = AttentionSpec(32, 8, 128, 64)
 
@@ -125,14 +131,14 @@ def measured_gate(rates: Rates) -> Gate:
         groups = [SharedPrefix(0, prefix, range(batch))]
         work = Workload("gate", spec, [1] * batch, [prefix + 65] * batch, groups)
         inputs = random_batch(spec, work.q_lens, work.kv_lens, groups, device="cuda", poison=False)
-        return ours(work, inputs, gate)[0]
+        return ours(timer, work, inputs, gate)[0]
 
     never = Gate(launch=1.0)
     reread = 64 * 8192 * spec.token_bytes / time(64, 8192, never)
     flops = 256 * 32768 * 4 * spec.heads * spec.head_dim / time(256, 32768, None)
     launch = max(time(8, 64, None) - time(8, 64, never), 0.5e-6)
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    return Gate(rates["bandwidth"], reread, flops, launch, programs=sms)
+    return Gate(max(rates["bandwidth"], rates["read"]), reread, flops, launch, programs=sms)
 
 
 def show(row: dict[str, Any]) -> str:
@@ -141,29 +147,34 @@ def show(row: dict[str, Any]) -> str:
     found = {name: f"{peer['us']:.1f}" for name, peer in row["peers"].items() if "us" in peer}
     found |= {name: "failed" for name, peer in row["peers"].items() if "failed" in peer}
     one = row["ours_us"]
-    times = f"{one:9.1f} {row.get('overlap_us', one):9.1f} {row['plain_us']:9.1f} {best:9.1f}"
+    plain = row.get("plain_us", one)
+    times = f"{one:9.1f} {row.get('in_turn_us', one):9.1f} {plain:9.1f} {best:9.1f}"
     peers = " ".join(f"{name}={value}" for name, value in found.items())
-    return f"{row['name']:<58} {times} {one / best:6.2f}x {row['roofline_share']:6.0%}  {peers}"
+    share = f"{one / best:6.2f}x {row['roofline_share']:6.0%}"
+    return f"{row['name']:<46} {times} {share}  {peers}"
 
 
-COLUMNS = f"{'ours':>9} {'overlap':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
-HEADER = f"{'us a layer':<58} {COLUMNS}"
+COLUMNS = f"{'ours':>9} {'in turn':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
+HEADER = f"{'us a layer':<46} {COLUMNS}"
 
 
 def table(options: argparse.Namespace, path: Path) -> None:
     """Measure the rows that the file lacks, as long as there is time; write it after each."""
     begun = time.monotonic()
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    timer = Timer()
     if report.get("device") != torch.cuda.get_device_name():
-        rates = device_rates()
+        rates = device_rates(timer)
         report = {"device": torch.cuda.get_device_name(), "rates": rates, "rows": []}
-        report |= {"gate": asdict(measured_gate(rates)), "torch": torch.__version__}
+        report |= {"gate": asdict(measured_gate(timer, rates)), "torch": torch.__version__}
+        report["triton"] = triton.__version__
     print(f"{report['device']}: {report['rates']}\n{report['gate']}\n{HEADER}")
     done = {row["name"] for row in report["rows"]}
     works = [
         work
         for heads in options.heads
-        for work in (*decode(heads, options.quick), *trees(heads), *extend(heads, options.quick))
+        for rows in (decode(heads, options.quick), trees(heads), extend(heads, options.quick))
+        for work in rows
         if work.name not in done
     ]
     for number, work in enumerate(works):
@@ -171,7 +182,11 @@ def table(options: argparse.Namespace, path: Path) -> None:
             print(f"{len(works) - number} rows left: run the same command again")
             return
         gate = Gate(**report["gate"])
-        report["rows"].append(measure(work, "cuda", gate, report["rates"]))
+        try:
+            report["rows"].append(measure(timer, work, "cuda", gate, report["rates"]))
+        except torch.OutOfMemoryError as error:
+            print(f"{work.name}: {error}")
+            continue
         print(show(report["rows"][-1]), flush=True)
         path.write_text(json.dumps(report, indent=1))
 
@@ -189,8 +204,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("attention.json"))
     options = parser.parse_args()
     if options.smoke:
-        rates = {"bandwidth": 1.0, "flops": 1.0}
-        lines = [show(measure(work, "cpu", None, rates)) for work in smoke()]
+        rates = {"bandwidth": 1.0, "read": 1.0, "flops": 1.0}
+        lines = [show(measure(Timer(), work, "cpu", None, rates)) for work in smoke()]
         print(
             f"table: {len(lines)} rows (times of the interpreter mean nothing, so none are shown)"
         )

@@ -23,33 +23,36 @@ class Unsuitable(Exception):
     """The peer does not serve this batch."""
 
 
-def _starts(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+def _starts(lengths: list[int], device: torch.device | str = "cuda") -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
 def lmdeploy(spec: AttentionSpec, batch: Batch) -> Work:
     """LMDeploy's own path: split-K decode; else flatten the whole KV, then flash attention."""
     kernels = importlib.import_module("lmdeploy.pytorch.kernels.cuda")
-    out = torch.empty_like(batch.q)
+    out, device = torch.empty_like(batch.q), batch.q.device
     args: dict[str, Any] = {"sm_scale": spec.score_scale}
+    # Its kernels are compiled anew for strides that are multiples of 16; an engine's are.
+    pages = batch.block_table.shape[1]
+    table = torch.nn.functional.pad(batch.block_table, (0, -pages % 16))
     if max(batch.q_lens) == 1:
 
         def decode() -> Tensor:
             kernels.paged_attention_fwd(
-                *(batch.q, batch.k_cache, batch.v_cache, out, batch.block_table),
+                *(batch.q, batch.k_cache, batch.v_cache, out, table),
                 kv_seqlens=batch.lengths,
                 **args,
             )
             return out
 
         return decode
-    q_lens = torch.tensor(batch.q_lens, dtype=torch.int32, device="cuda")
-    q_starts, kv_starts = _starts(batch.q_lens)[:-1], _starts(batch.kv_lens)[:-1]
+    q_lens = torch.tensor(batch.q_lens, dtype=torch.int32, device=device)
+    q_starts, kv_starts = (_starts(x, device)[:-1] for x in (batch.q_lens, batch.kv_lens))
     size = -(-sum(batch.kv_lens) // spec.block_size) * spec.block_size + spec.block_size
 
     def extend() -> Tensor:
         k, v = kernels.flatten_kv_cache(
-            *(batch.k_cache, batch.v_cache, batch.lengths, batch.block_table),
+            *(batch.k_cache, batch.v_cache, batch.lengths, table),
             start_loc=kv_starts,
             out_size=size,
             out_dtype=spec.dtype,
@@ -187,8 +190,8 @@ def flashinfer_cascade(spec: AttentionSpec, batch: Batch) -> Work:
 
 def sdpa(spec: AttentionSpec, batch: Batch) -> Work:
     """torch's SDPA on contiguous copies made beforehand: no paging, equal lengths, one token."""
-    if max(batch.q_lens) > 1 or len({*batch.kv_lens}) > 1 or sum(batch.kv_lens) > 1 << 20:
-        raise Unsuitable("one new token, equal lengths, 1M tokens at most")
+    if max(batch.q_lens) > 1 or len({*batch.kv_lens}) > 1 or sum(batch.kv_lens) > 1 << 18:
+        raise Unsuitable("one new token, equal lengths, 256K tokens at most")
     total = batch.kv_lens[0]
     table = batch.block_table[:, : -(-total // spec.block_size)].long()
 

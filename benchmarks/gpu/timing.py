@@ -6,51 +6,79 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["device_rates", "seconds"]
+__all__ = ["Timer", "device_rates"]
 
 Work = Callable[[], object]
-_INSIDE = 10
+_LONGEST = 3e-3
+"""Seconds that one replay of a graph may take."""
 _REPEATS = 7
 
 
-def seconds(work: Work) -> tuple[float, str]:
-    """Median seconds of one call, and how it was run: `graph` or `eager`.
+class Timer:
+    """Times work on the current device, each call after a read of 256 MB that evicts the L2.
 
-    A CUDA graph of ten calls is replayed, each after a write that evicts the L2 cache; the time of a
-    graph of the writes alone is taken off. Without a GPU: one call, `smoke`, not a measurement.
+    A read, since lines that a write leaves dirty would be written back during the work. What is
+    reported is what the work adds to a CUDA graph: of a graph of reads and works, less one of reads
+    and empty kernels, plus an empty kernel.
     """
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start, "smoke"
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
-    def flushed() -> None:
-        flush.zero_()
-        work()
+    def __init__(self) -> None:
+        self._cold = 0.0
+        if torch.cuda.is_available():
+            self._big = torch.ones(64 << 20, device="cuda")
+            one = torch.ones(1, device="cuda")
 
-    try:
-        cold, alone = _graph(flushed), _graph(flush.zero_)
-        samples = [_elapsed(cold) - _elapsed(alone) for _ in range(_REPEATS)]
-        return statistics.median(samples) / _INSIDE, "graph"
-    except RuntimeError:  # The work cannot be captured.
+            def empty() -> None:
+                self._flush()
+                one.zero_()
+
+            reads, empties = _graph(empty, 10), _graph(one.zero_, 100)
+            reads_time = statistics.median(_elapsed(reads) for _ in range(21)) / 10
+            self._cold = reads_time - statistics.median(_elapsed(empties) for _ in range(21)) / 100
+
+    def _flush(self) -> None:
+        self._big.sum()
+
+    def seconds(self, work: Work) -> tuple[float, str]:
+        """Median seconds of one call, and how it was run: `graph` or `eager`.
+
+        A CUDA graph of up to ten calls is replayed. Without a GPU: one call, `smoke`, not a
+        measurement.
+        """
+        if not torch.cuda.is_available():
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start, "smoke"
+        work()
         torch.cuda.synchronize()
-    samples = []
-    for _ in range(_INSIDE * _REPEATS):
-        flush.zero_()
-        samples.append(_elapsed(work))
-    return statistics.median(samples), "eager"
+        once = _elapsed(work)
+        inside = max(1, min(10, int(_LONGEST / once)))
+
+        def flushed() -> None:
+            self._flush()
+            work()
+
+        try:
+            replay = _graph(flushed, inside)
+            samples = [_elapsed(replay) / inside - self._cold for _ in range(_REPEATS)]
+            return statistics.median(samples), "graph"
+        except RuntimeError:  # The work cannot be captured.
+            torch.cuda.synchronize()
+        samples = []
+        for _ in range(_REPEATS * inside):
+            self._flush()
+            samples.append(_elapsed(work))
+        return statistics.median(samples), "eager"
 
 
-def _graph(work: Work) -> Work:
+def _graph(work: Work, inside: int) -> Work:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        work()
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_INSIDE):
+        for _ in range(inside):
             work()
     graph.replay()
     return graph.replay
@@ -66,12 +94,19 @@ def _elapsed(work: Work) -> float:
     return float(start.elapsed_time(stop)) / 1e3
 
 
-def device_rates() -> dict[str, float]:
-    """Bytes/s of a large copy (read and write both counted) and FLOP/s of a bf16 product."""
-    source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+def device_rates(timer: Timer) -> dict[str, float]:
+    """Bytes/s of a large copy (read and write both counted) and of a large read, and FLOP/s of a
+    bf16 product."""
+    source = torch.ones(1 << 30, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     b, c = torch.randn_like(a), torch.empty_like(a)
-    copy, _ = seconds(lambda: target.copy_(source))
-    product, _ = seconds(lambda: torch.mm(a, b, out=c))
-    return {"bandwidth": 2 * source.nbytes / copy, "flops": 2 * 8192**3 / product}
+    copy, _ = timer.seconds(lambda: target.copy_(source))
+    floats = source.view(torch.float32)
+    read, _ = timer.seconds(lambda: floats.sum())
+    product, _ = timer.seconds(lambda: torch.mm(a, b, out=c))
+    return {
+        "bandwidth": 2 * source.nbytes / copy,
+        "read": source.nbytes / read,
+        "flops": 2 * 8192**3 / product,
+    }

@@ -1,7 +1,7 @@
 """The rows of the attention benchmark: batches of sequences and what they share."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from attrs import frozen
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
 from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS
 
-__all__ = ["HEADS", "Workload", "correctness", "decode", "extend", "smoke", "trees"]
+__all__ = ["HEADS", "K", "Workload", "correctness", "decode", "extend", "smoke", "trees"]
 
 HEADS = {"llama-3-8b": (32, 8), "qwen2.5-7b": (28, 4), "70b-tp8": (8, 1), "mha": (32, 32)}
 """Query and KV heads; head_dim 128."""
@@ -65,21 +65,35 @@ def _one_prefix(
     return Workload(name, spec, [new] * batch, [prefix + suffix + new] * batch, groups)
 
 
+QUICK = (
+    *((0, batch, suffix) for batch, suffix in ((8, 1), (64, 1), (256, 1), (1, 32), (8, 32))),
+    *((1, batch, suffix) for batch, suffix in ((8, 0.125), (32, 0.125), (256, 0.125))),
+    *((4, batch, suffix) for batch, suffix in ((8, 0.125), (32, 0.125), (64, 1), (256, 0.125))),
+    *((32, batch, suffix) for batch, suffix in ((1, 0.125), (8, 0.125), (32, 0.125), (64, 1))),
+    *((32, 256, 0.125), (32, 256, 1), (128, 8, 1), (128, 64, 0.125)),
+)
+"""Prefix, batch and suffix of the short grid; lengths in 1024 tokens."""
+FULL = (
+    *((0, batch, suffix) for batch in (1, 8, 32, 64, 256) for suffix in (0.125, 1, 2)),
+    *itertools.product((1, 4, 16, 32, 128), (1, 8, 32, 64, 256), (0, 0.125, 1, 2)),
+)
+
+
 def decode(heads: str, quick: bool) -> Iterator[Workload]:
     """One prefix for all, one new token each."""
     spec = AttentionSpec(*HEADS[heads], 128, 64)
-    prefixes = (0, 4 * K, 32 * K) if quick else (0, K, 4 * K, 16 * K, 32 * K, 128 * K)
-    for prefix in prefixes:
-        for batch in (8, 64) if quick else (1, 8, 32, 64, 256):
-            for suffix in (128, K) if quick else (0, 128, K, 2 * K):
-                if prefix or suffix:
-                    name = f"{heads} decode P={prefix} B={batch} S={suffix}"
-                    yield _one_prefix(name, spec, prefix, batch, suffix)
+    for prefix, batch, suffix in QUICK if quick else FULL:
+        sizes = int(prefix * K), batch, int(suffix * K)
+        name = f"{heads} decode P={sizes[0]} B={batch} S={sizes[2]}"
+        yield _one_prefix(name, spec, *sizes)
 
 
 def trees(heads: str) -> Iterator[Workload]:
-    """Several levels, several groups of different size, parallel sampling."""
+    """Several levels, several groups of different size, parallel sampling; and nothing shared by
+    sequences of 100 to 16K tokens."""
     spec = AttentionSpec(*HEADS[heads], 128, 64)
+    kv_lens = [100 + row * row * 7919 % 2000 + 14 * K * (row % 16 == 5) for row in range(64)]
+    yield Workload(f"{heads} ragged, nothing shared", spec, [1] * 64, kv_lens, ())
     level = [SharedPrefix(0, 4 * K, range(64))]
     level += [SharedPrefix(4 * K, 12 * K, range(at, at + 8)) for at in range(0, 64, 8)]
     kv_lens = [12 * K + 200 + row for row in range(64)]
@@ -101,11 +115,14 @@ def trees(heads: str) -> Iterator[Workload]:
 def extend(heads: str, quick: bool) -> Iterator[Workload]:
     """New tokens on a cached prefix; 4 are a draft to be verified."""
     spec = AttentionSpec(*HEADS[heads], 128, 64)
-    for prefix in (8 * K,) if quick else (8 * K, 32 * K):
-        for new in (4, 128) if quick else (4, 16, 64, 128, 512):
-            for batch in (8,) if quick else (1, 8, 32):
-                name = f"{heads} extend P={prefix} B={batch} T={new}"
-                yield _one_prefix(name, spec, prefix, batch, 0, new)
+    sizes: Iterable[tuple[int, int, int]] = itertools.product(
+        (8, 32), (4, 16, 64, 128, 512), (1, 8, 32)
+    )
+    if quick:
+        sizes = ((8, 4, 8), (8, 128, 8), (8, 512, 1), (32, 16, 32), (32, 128, 8))
+    for prefix, new, batch in sizes:
+        name = f"{heads} extend P={prefix * K} B={batch} T={new}"
+        yield _one_prefix(name, spec, prefix * K, batch, 0, new)
 
 
 def correctness(thorough: bool) -> Iterator[Workload]:

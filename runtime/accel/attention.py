@@ -22,7 +22,7 @@ from sagellm_ir.runtime.accel.launch import (
 )
 from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
 from sagellm_ir.runtime.accel.tiles import tile_for
-from sagellm_ir.runtime.accel.worklist import ITEM_FIELDS, Limits, plan_shared
+from sagellm_ir.runtime.accel.worklist import ITEM_FIELDS, ROW_FIELDS, Limits, plan_shared
 
 __all__ = ["PrefixAttention", "Variant"]
 
@@ -60,7 +60,7 @@ class PrefixAttention:
         device: torch.device | str,
         gate: Gate | None = Gate(),  # noqa: B008 (frozen)
         workspace: int = 128 << 20,
-        overlap: bool = False,
+        overlap: bool = True,
     ) -> None:
         """Allocate the buffers.
 
@@ -98,7 +98,8 @@ class PrefixAttention:
         self._batch = self._rows = 0
         self._side: torch.cuda.Stream | None = None
         if overlap and self.device.type == "cuda":
-            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            # First choice of room on the SMs; what is left is for programs of the private kernel.
+            self._side = torch.cuda.Stream(self.device, -1)  # type: ignore[no-untyped-call]
         self._allocate(workspace)
 
     def _allocate(self, workspace: int) -> None:
@@ -123,8 +124,8 @@ class PrefixAttention:
             rows=get("rows"),
             where_start=get("where_start"),
             where=get("where"),
-            slots=self._ints(batch),
-            parts=self._ints(batch),
+            merges=self._ints(rows * ROW_FIELDS),
+            taken=self._ints(2),
             partial=torch.empty(parts, spec.kv_heads, spec.head_dim, device=self.device),
             lse=torch.empty(parts, spec.kv_heads, device=self.device),
         )
@@ -286,7 +287,9 @@ class PrefixAttention:
             if self.variant.shared:
                 self._launch(x, shared=True)
             self._launch(x, shared=False)
-        launch_merge(spec, x, self._lists)
+        # A launch that joins two streams has no kernel before it to overlap with.
+        early = self.device.type == "cuda" and not (self.variant.shared and self._side)
+        launch_merge(spec, x, self._lists, shared=self.variant.shared > 0, early=early)
         return out
 
     def _launch(self, x: Tensors, *, shared: bool) -> None:

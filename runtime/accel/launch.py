@@ -8,7 +8,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile
-from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, ITEM_COST, ITEM_FIELDS
+from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, CUT_COST, ITEM_FIELDS, item_cost
 
 __all__ = [
     "LOG2E",
@@ -20,6 +20,7 @@ __all__ = [
     "launch_schedule",
     "merge_constants",
     "schedule_constants",
+    "stride_constants",
 ]
 
 LOG2E = 1.4426950408889634
@@ -109,18 +110,29 @@ class Lists:
     rows: Tensor
     where_start: Tensor
     where: Tensor
-    slots: Tensor
-    parts: Tensor
+    merges: Tensor
+    """What `merge` knows of each query row, `ROW_FIELDS` each."""
+    taken: Tensor
+    """Items taken from the shared and from the private list, besides each program's first."""
     partial: Tensor
     """float32 `[parts, kv_heads, head_dim]`."""
     lse: Tensor
     """float32 `[parts, kv_heads]`, log2."""
 
 
+def stride_constants(k: Tensor, v: Tensor, ks: Tensor, vs: Tensor) -> dict[str, object]:
+    """Strides of the cache: the same for as long as an engine runs, so known when compiling."""
+    return {
+        f"{name}_{axis}_stride": tensor.stride(at)
+        for name, tensor in (("k", k), ("v", v), ("ks", ks), ("vs", vs))
+        for at, axis in enumerate(("page", "row", "head"))
+    }
+
+
 def attend_constants(
     spec: AttentionSpec, tile: Tile, *, shared: bool, upcast: bool = False
 ) -> dict[str, object]:
-    """The compile-time arguments of `attend`."""
+    """The compile-time arguments of `attend`, but for those of `stride_constants`."""
     return {
         "SHARED": shared,
         "KV_HEADS": spec.kv_heads,
@@ -156,10 +168,11 @@ def launch_attend(
     vs = x.v if x.v_scales is None else x.v_scales
     kernels.attend[(grid,)](
         *(x.q, x.k, x.v, ks, vs, x.out, lists.partial, lists.lse, x.sinks, x.table, x.kv_lens),
-        *(lists.q_start, lists.row_seq, lists.rows, items, sizes, x.qk_scale, x.out_scale),
-        *(x.q.stride()[:2] + x.k.stride()[:3] + x.v.stride()[:3]),
-        *(ks.stride()[:3] + vs.stride()[:3] + x.out.stride()[:2]),
+        *(lists.q_start, lists.row_seq, lists.rows, items, sizes),
+        *(lists.taken if shared else lists.taken[1:], x.qk_scale, x.out_scale),
+        *(x.q.stride()[:2] + x.out.stride()[:2]),
         x.table.stride(0),
+        **stride_constants(x.k, x.v, ks, vs),
         **attend_constants(spec, tile, shared=shared, upcast=upcast),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -167,25 +180,36 @@ def launch_attend(
     )
 
 
-def merge_constants(spec: AttentionSpec) -> dict[str, object]:
+def merge_constants(spec: AttentionSpec, *, shared: bool, early: bool) -> dict[str, object]:
     """The compile-time arguments of `merge`."""
     return {
         "KV_HEADS": spec.kv_heads,
         "GROUP": spec.group,
         "D": spec.head_dim,
+        "SHARED": shared,
         "SINKS": spec.sinks,
         "SLOTS": 16,
         "BD": 1 << (spec.head_dim - 1).bit_length(),
+        "EARLY": early,
     }
 
 
-def launch_merge(spec: AttentionSpec, x: Tensors, lists: Lists) -> None:
-    """Launch `merge`: a program for each query row and head."""
+def launch_merge(
+    spec: AttentionSpec, x: Tensors, lists: Lists, *, shared: bool, early: bool
+) -> None:
+    """Launch `merge`: a program for each query row and head.
+
+    Args:
+        shared: whether the batch has partials from nodes.
+        early: whether it may start before the kernel before it on the stream, `attend`, has ended
+            (programmatic dependent launch).
+    """
     kernels.merge[(len(x.q), spec.heads)](
-        *(lists.partial, lists.lse, x.out, x.sinks, lists.q_start, lists.row_seq),
-        *(lists.shared_slots, lists.where_start, lists.where, lists.slots, lists.parts),
+        *(lists.partial, lists.lse, x.out, x.sinks, lists.merges, lists.where, lists.taken),
         *x.out.stride()[:2],
-        **merge_constants(spec),
+        **merge_constants(spec, shared=shared, early=early),
+        num_warps=2,
+        launch_pdl=early,
     )
 
 
@@ -202,7 +226,8 @@ def schedule_constants(
         "WINDOW": spec.window,
         "CHUNK": CHUNK,
         "CHUNKS": CHUNKS,
-        "ITEM_COST": ITEM_COST,
+        "ITEM_COST": item_cost(tile),
+        "CUT_COST": CUT_COST,
         "BATCH": 1 << (max_batch - 1).bit_length(),
     }
 
@@ -222,6 +247,7 @@ def launch_schedule(
     """Launch `schedule`: a program for each sequence."""
     kernels.schedule[(batch,)](
         *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.part_base),
-        *(lists.slots, lists.parts, items, sizes, batch, len(items) // ITEM_FIELDS, len(lists.lse)),
+        *(lists.where_start, lists.merges, items, sizes, lists.taken),
+        *(batch, len(items) // ITEM_FIELDS, len(lists.lse)),
         **schedule_constants(spec, tile, sms, max_batch),
     )

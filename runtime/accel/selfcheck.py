@@ -55,12 +55,13 @@ def random_batch(
     torch.manual_seed(seed)
     table, pages = _tables(spec, kv_lens, groups)
     held = torch.full((pages, spec.block_size), not poison)
-    for row, length in zip(table, kv_lens, strict=True):
-        at = torch.arange(length)
-        held[row[at // spec.block_size].long(), at % spec.block_size] = True
-    held = held.to(device)
-    if not poison:
+    if poison:
+        for row, length in zip(table, kv_lens, strict=True):
+            at = torch.arange(length)
+            held[row[at // spec.block_size].long(), at % spec.block_size] = True
+    else:
         table[table == NO_PAGE] = 0
+    held = held.to(device)
     caches, extra = [], dict[str, Any]()
     for name in ("k_scales", "v_scales"):
         shape = (pages, spec.block_size, spec.kv_heads, spec.head_dim)
@@ -88,16 +89,19 @@ def _tables(
 ) -> tuple[Tensor, int]:
     """Block tables of shuffled pages, shared where groups say so; and the number of pages."""
     counts = [math.ceil(length / spec.block_size) for length in kv_lens]
-    pages = sum(counts) + 1
-    order = torch.randperm(pages, dtype=torch.int32)
-    table = torch.full((len(counts), max(counts, default=0) + 1), NO_PAGE, dtype=torch.int32)
+    table = torch.full((len(counts), max(counts, default=0) + 1), -1, dtype=torch.int64)
     first = 0
     for row, count in enumerate(counts):
-        table[row, :count] = order[first : first + count]
+        table[row, :count] = torch.arange(first, first + count)
         first += count
     for group in groups:
         span = slice(group.start // spec.block_size, group.stop // spec.block_size)
         table[list(group.rows), span] = table[group.rows[0], span].clone()
+    # Only pages that some row has get a place, and one more that nobody has.
+    used = torch.unique(table)
+    pages = int((used >= 0).sum()) + 1
+    places = torch.cat([torch.randperm(pages)[:-1], torch.tensor([NO_PAGE])]).int()
+    table = places[torch.searchsorted(used[used >= 0], table).where(table >= 0, -1)]
     return table, pages
 
 

@@ -2,21 +2,40 @@
 
 import numpy as np
 from attrs import frozen
+from numpy.typing import NDArray
 
 from sagellm_ir.runtime.accel.forest import Forest, Ints
 from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
-from sagellm_ir.runtime.accel.tiles import tile_for
+from sagellm_ir.runtime.accel.tiles import Tile, tile_for
 
-__all__ = ["CHUNK", "CHUNKS", "ITEM_COST", "ITEM_FIELDS", "Limits", "SharedWork", "plan_shared"]
+__all__ = [
+    "CHUNK",
+    "CHUNKS",
+    "CUT_COST",
+    "ITEM_FIELDS",
+    "ROW_FIELDS",
+    "Limits",
+    "SharedWork",
+    "item_cost",
+    "plan_shared",
+]
 
-CHUNK = 128
-"""Keys of the smallest chunk; candidates are this times 1, 2, 4, ..., and no cut."""
-CHUNKS = 9
-ITEM_COST = 64
-"""What starting and ending a work item costs, in keys. Predicted, not measured."""
+CHUNK = 64
+"""Keys of the smallest chunk, and what every chunk is a multiple of."""
+CHUNKS = 40
+"""Chunk lengths to choose from: 1, 2, 3, 4 times CHUNK, then four to each power of two."""
+ITEM_COST = 64, 4
+"""What starting and ending a work item costs, in keys: for any tile, and for each of its rows."""
+CUT_COST = 128
+"""What it costs, in keys, to merge partials in a batch that would have none."""
 ITEM_FIELDS = 8
 """Integers of a work item, see `kernels.common`."""
+ROW_FIELDS = 8
+"""Integers of a query row for `merge`, see `kernels.common`."""
+_SIZES = np.array(
+    [CHUNK * (k + 1) if k < 4 else CHUNK * (4 + k % 4) << (k // 4 - 1) for k in range(CHUNKS)]
+)
 
 
 @frozen
@@ -70,7 +89,7 @@ def plan_shared(
         spec, gate.tile_rows(spec, list(zip(queries.tolist(), lengths.tolist(), strict=True)))
     )
     tiles = -(-queries * spec.group // tile.rows)
-    chunk = _chunk(spec, lengths, queries, tiles, limits.sms * tile.ctas, int(q_start[-1]), limits)
+    chunk = _chunk(spec, tile, lengths, queries, tiles, int(q_start[-1]), limits)
     if chunk is None:
         return None
     cuts = -(-lengths // chunk)
@@ -144,23 +163,41 @@ def _queries(rows: Ints, q_start: Ints) -> Ints:
 
 def _chunk(
     spec: AttentionSpec,
+    tile: Tile,
     lengths: Ints,
     queries: Ints,
     tiles: Ints,
-    grid: int,
     all_queries: int,
     limits: Limits,
 ) -> int | None:
-    """The chunk length with the smallest makespan whose lists fit, as `schedule` on the device."""
+    """The chunk length with the smallest `makespan` whose lists fit, as `schedule` on the device."""
     longest = int(lengths.max())
-    sizes = np.array(
-        [longest, *(CHUNK << k for k in reversed(range(CHUNKS)) if CHUNK << k < longest)]
-    )
+    sizes = np.concatenate([_SIZES[longest > _SIZES], [longest]])[::-1]
     cuts = -(-lengths // sizes[:, None])
     items = cuts @ tiles
     # One private slot each comes on top; the device cuts no further than there is room.
     entries = cuts @ queries
     parts = (entries + all_queries) * spec.group
-    cost = -(-items * spec.kv_heads // grid) * (sizes + ITEM_COST)
+    grid = limits.sms * tile.ctas
+    work = float(lengths @ tiles * spec.kv_heads)
+    cost = makespan(work, items * spec.kv_heads, sizes, grid, item_cost(tile))
     fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
     return int(sizes[np.where(fits, cost, np.inf).argmin()]) if fits.any() else None
+
+
+def item_cost(tile: Tile) -> int:
+    """What starting and ending an item of a tile costs, in keys."""
+    return ITEM_COST[0] + ITEM_COST[1] * tile.rows
+
+
+def makespan(work: float, items: Ints, size: Ints, grid: int, cost: int) -> NDArray[np.float64]:
+    """When `grid` programs have done `items` items of up to `size` keys, `work` in all; in keys.
+
+    In one round the longest item decides. In more, programs take the next item when they are done
+    with one (Graham's list scheduling): the mean, and on average half an item at the end.
+
+    Args:
+        cost: of an item besides its keys, see `item_cost`.
+    """
+    one = size + cost
+    return np.where(items <= grid, one, (work + items * cost) / grid + one / 2)

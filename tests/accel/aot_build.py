@@ -25,6 +25,7 @@ from sagellm_ir.runtime.accel.launch import (
     attend_constants,
     merge_constants,
     schedule_constants,
+    stride_constants,
 )
 from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS, AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile, tile_for, tile_heights
@@ -62,8 +63,8 @@ def build(
         default = "constexpr" if name in constants else "i32" if stride else "*i32"
         signature[name] = types.get(name, default)
         # What the launcher finds out by itself: pointers and most strides are multiples of 16.
-        odd = name == "table_stride" or (spec.kv == "int8" and name[:2] in ("ks", "vs"))
-        if signature[name].startswith("*") or (stride and not odd):
+        odd = name == "table_stride"
+        if signature[name].startswith("*") or (signature[name] == "i32" and stride and not odd):
             aligned[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     options = {}
@@ -105,10 +106,13 @@ def main() -> None:
         spec = AttentionSpec(**fields | {"dtype": getattr(torch, fields.get("dtype", "bfloat16"))})
         if name == "attend":
             tile = tile_for(spec, rows)
+            cache = torch.empty(2, spec.block_size, spec.kv_heads, spec.head_dim, device="meta")
+            scales = cache[..., :2].contiguous() if spec.kv == "int8" else cache
             constants = attend_constants(spec, tile, shared=shared)
+            constants |= stride_constants(cache, cache, scales, scales)
             found = build(kernels.attend, spec, constants, tile, shared)
         elif name == "merge":
-            found = build(kernels.merge, spec, merge_constants(spec), None)
+            found = build(kernels.merge, spec, merge_constants(spec, shared=True, early=True), None)
         else:
             constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
             found = build(kernels.schedule, spec, constants, None)

@@ -154,9 +154,9 @@ def test_batches_without_queries() -> None:
 def test_a_small_workspace_means_fewer_pieces() -> None:
     spec = AttentionSpec(2, 1, 64, 16, HALF)
     kernels = check(spec, [1], [900], workspace=1, max_batch=1, max_rows=1)
-    assert int(kernels._lists.slots[0]) == 1
+    assert int(kernels._lists.merges[0]) == 1
     kernels = check(spec, [1], [900])
-    assert int(kernels._lists.slots[0]) > 1
+    assert int(kernels._lists.merges[0]) > 1
 
 
 @st.composite

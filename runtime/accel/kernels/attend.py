@@ -20,6 +20,21 @@ def _position(row, row_seq, q_start, kv_lens):
     return tl.load(kv_lens + seq) - tl.load(q_start + seq + 1) + row
 
 
+@triton.jit
+def _item(items, index):
+    """The fields of a work item."""
+    at = items + index * ITEM_FIELDS
+    owner = tl.load(at)
+    lo = tl.load(at + 1)
+    hi = tl.load(at + 2)
+    end = tl.load(at + 3)
+    q_first = tl.load(at + 4)
+    q_len = tl.load(at + 5)
+    tile = tl.load(at + 6)
+    part = tl.load(at + 7)
+    return owner, lo, hi, end, q_first, q_len, tile, part
+
+
 # Tables of any width: one binary, not one for multiples of 16 and another for the rest.
 @triton.jit(do_not_specialize=["table_stride"])
 def attend(
@@ -39,25 +54,26 @@ def attend(
     rows,
     items,
     sizes,
+    taken,
     qk_scale,
     out_scale,
     q_row_stride,
     q_head_stride,
-    k_page_stride,
-    k_row_stride,
-    k_head_stride,
-    v_page_stride,
-    v_row_stride,
-    v_head_stride,
-    ks_page_stride,
-    ks_row_stride,
-    ks_head_stride,
-    vs_page_stride,
-    vs_row_stride,
-    vs_head_stride,
     out_row_stride,
     out_head_stride,
     table_stride,
+    k_page_stride: tl.constexpr,
+    k_row_stride: tl.constexpr,
+    k_head_stride: tl.constexpr,
+    v_page_stride: tl.constexpr,
+    v_row_stride: tl.constexpr,
+    v_head_stride: tl.constexpr,
+    ks_page_stride: tl.constexpr,
+    ks_row_stride: tl.constexpr,
+    ks_head_stride: tl.constexpr,
+    vs_page_stride: tl.constexpr,
+    vs_row_stride: tl.constexpr,
+    vs_head_stride: tl.constexpr,
     SHARED: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,22 +93,20 @@ def attend(
     SHARED: queries are those of a node's sequences, listed in `rows`; all of them come after all of
     the keys. Otherwise they are new tokens of one sequence, side by side in `q`, and causal. An
     item without partials (a sequence read in one piece) writes its output.
+
+    Each program begins with the item of its number. Where there are more, `taken` counts those that
+    programs took after it; `merge` sets it back. So programs that start late, beside those of the
+    other kernel, find the work that is left.
     """
     d = tl.arange(0, BD)
+    programs = tl.num_programs(0)
+    index = tl.program_id(0)
+    # The first item is read before it is known to be one: the list has room for it.
+    owner, lo, hi, end, q_first, q_len, tile, part = _item(items, index // KV_HEADS)
     todo = tl.load(sizes) * KV_HEADS
-    for index in range(tl.program_id(0), todo, tl.num_programs(0)):
+    while index < todo:
         # Heads lie side by side in a page: neighbours in the grid read neighbouring bytes.
         head = index % KV_HEADS
-        item = items + index // KV_HEADS * ITEM_FIELDS
-        owner = tl.load(item)
-        lo = tl.load(item + 1)
-        hi = tl.load(item + 2)
-        end = tl.load(item + 3)
-        q_first = tl.load(item + 4)
-        q_len = tl.load(item + 5)
-        tile = tl.load(item + 6)
-        part = tl.load(item + 7)
-
         r = tile * BM + tl.arange(0, BM)
         live = r < q_len * GROUP
         qi = tl.where(live, r // GROUP, 0)
@@ -134,7 +148,11 @@ def attend(
 
         acc = tl.zeros([BM, BD], tl.float32)
         m = tl.full([BM], NEG_INF, tl.float32)
-        den = tl.zeros([BM], tl.float32)
+        # In small tiles the warps share rows: their sums meet once, behind the loop.
+        if BM <= 32:
+            den = tl.zeros([BM, BN], tl.float32)
+        else:
+            den = tl.zeros([BM], tl.float32)
         # Large tiles are bound by arithmetic: tiles of keys that all rows see run without masks.
         # Small ones are bound by memory: one loop, so that the pipeline is filled once.
         PHASES: tl.constexpr = 2 if BM >= 64 and WINDOW == 0 else 1
@@ -178,6 +196,8 @@ def attend(
                 phase == PHASES - 1,
             )
 
+        if BM <= 32:
+            den = tl.sum(den, 1)
         some = den > 0.0
         alone = False
         if not SHARED:
@@ -198,3 +218,9 @@ def attend(
             o = acc * (out_scale / tl.where(some, den, 1.0))[:, None]
             part_at = (part_ptr + at * D) + (r0[:, None] * (KV_HEADS * D) + d[None, :])
             tl.store(part_at, o, mask=q_mask & some[:, None])
+
+        index = todo
+        if todo > programs:
+            index = programs + tl.atomic_add(taken, 1, sem="relaxed")
+        entry = tl.where(index < todo, index // KV_HEADS, 0)
+        owner, lo, hi, end, q_first, q_len, tile, part = _item(items, entry)

@@ -3,8 +3,9 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from sagellm_ir.runtime.accel.kernels.common import LOG2E, NEG_INF
+from sagellm_ir.runtime.accel.kernels.common import LOG2E, NEG_INF, ROW_FIELDS
 
 __all__ = ["merge"]
 
@@ -15,50 +16,59 @@ def merge(
     lse_ptr,
     out_ptr,
     sinks,
-    q_start,
-    row_seq,
-    shared_slots,
-    where_start,
+    merges,
     where,
-    slots_in,
-    parts_in,
+    taken,
     out_row_stride,
     out_head_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    SHARED: tl.constexpr,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Weigh the partials of a (query row, head) by their log-sum-exp (log2).
 
-    The first `shared_slots` lie where the host's table `where` says, the private ones at the
-    sequence's own place. One slot in all: `attend` has written the output.
+    `merges` has a row's partials as `schedule` put them: their number, how many of them lie where
+    the host's table `where` says and from which entry on, and where the private ones are. One
+    partial in all: `attend` has written the output. SHARED: whether any are in the table.
+
+    EARLY: the launch may overlap the end of `attend`, whose results are waited for here.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
-    seq = tl.load(row_seq + row)
-    slots = tl.load(slots_in + seq)
+    of_row = merges + row * ROW_FIELDS
+    slots = tl.load(of_row)
+    private = tl.load(of_row + 1)
+    stride = tl.load(of_row + 2)
+    shared = tl.load(of_row + 3)
+    entry = where + tl.load(of_row + 4)
+    if EARLY:
+        gdc_wait()
+    if row + head == 0:  # `attend` is done with them.
+        tl.store(taken, 0)
+        tl.store(taken + 1, 0)
     if slots != 1:
-        first = tl.load(q_start + seq)
-        stride = (tl.load(q_start + seq + 1) - first) * GROUP
-        shared = tl.load(shared_slots + seq)
-        entry = where + tl.load(where_start + seq) + (row - first) * shared
-        private = tl.load(parts_in + seq) + (row - first) * GROUP - shared * stride
         d = tl.arange(0, BD)
         m = tl.full([], NEG_INF, tl.float32)
         den = tl.zeros([], tl.float32)
         acc = tl.zeros([BD], tl.float32)
         for at in range(0, slots, SLOTS):
             slot = at + tl.arange(0, SLOTS)
-            part = tl.load(entry + slot, mask=slot < shared, other=0)
-            part = tl.where(slot < shared, part, private + slot * stride) + head % GROUP
+            part = private + slot * stride
+            if SHARED:
+                listed = tl.load(entry + slot, mask=slot < shared, other=0)
+                part = tl.where(slot < shared, listed, part)
+            part = part + head % GROUP
             part = part.to(tl.int64) * KV_HEADS + head // GROUP
             lse = tl.load(lse_ptr + part, mask=slot < slots, other=NEG_INF)
-            # A slot without keys has no output: whatever lies there must not be read.
-            mask = (lse > NEG_INF)[:, None] & (d < D)[None, :]
+            mask = (slot < slots)[:, None] & (d < D)[None, :]
             o = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+            # A slot without keys has no output: whatever lies there must not count.
+            o = tl.where((lse > NEG_INF)[:, None], o, 0.0)
             m_new = tl.maximum(m, tl.max(lse, 0))
             base = tl.where(m_new == NEG_INF, 0.0, m_new)
             w = tl.exp2(lse - base)

@@ -4,9 +4,17 @@
 import triton
 import triton.language as tl
 
-from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS
+from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS, ROW_FIELDS
 
 __all__ = ["schedule"]
+
+
+@triton.jit
+def _makespan(work, items, size, GRID: tl.constexpr, ITEM_COST: tl.constexpr):
+    """See `worklist.makespan`."""
+    one = (size + ITEM_COST).to(tl.float32)
+    many = (work + items.to(tl.float32) * ITEM_COST) / GRID + one * 0.5
+    return tl.where(items <= GRID, one, many)
 
 
 @triton.jit(do_not_specialize=["batch", "item_cap", "part_cap"])
@@ -16,10 +24,11 @@ def schedule(
     begin,
     shared_slots,
     part_base,
-    slots_out,
-    parts_out,
+    where_start,
+    merges_out,
     items_out,
     sizes_out,
+    taken_out,
     batch,
     item_cap,
     part_cap,
@@ -32,13 +41,14 @@ def schedule(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     ITEM_COST: tl.constexpr,
+    CUT_COST: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Cut every sequence's private part into chunks and list them as work items.
 
     One program a sequence; each repeats the small sums over the whole batch, so that no program
-    waits for another. The chunk length is the one of `CHUNK << 0..CHUNKS-1` (or: no cut) with the
-    smallest makespan, rounds * (chunk + ITEM_COST), whose items and partials fit their buffers.
+    waits for another. The chunk length is the best of a list by the rule of
+    `sagellm_ir.runtime.accel.worklist.makespan`, of those whose items and partials fit their buffers.
     """
     me = tl.program_id(0)
     seq = tl.arange(0, BATCH)
@@ -58,16 +68,17 @@ def schedule(
 
     # No cut: always fits, by the check of the host.
     chunk = tl.maximum(longest, 1)
-    items = tl.sum(tl.where(length > 0, tiles, 0), 0)
-    rounds = (items * KV_HEADS + GRID - 1) // GRID
-    best = rounds.to(tl.float32) * (chunk + ITEM_COST)
+    items = tl.sum(tl.where(length > 0, tiles, 0), 0) * KV_HEADS
+    work = tl.sum(tiles.to(tl.float32) * length, 0) * KV_HEADS
+    best = _makespan(work, items, chunk, GRID, ITEM_COST)
+    # Where nothing is merged yet, a cut means that something is.
+    extra = tl.where(tl.max(shared, 0) > 0, 0, CUT_COST)
     for k in tl.static_range(CHUNKS):
-        size = CHUNK << (CHUNKS - 1 - k)
+        size = CHUNK * (k + 1) if k < 4 else (CHUNK * (4 + k % 4)) << (k // 4 - 1)
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
-        rounds = (items * KV_HEADS + GRID - 1) // GRID
-        cost = rounds.to(tl.float32) * (size + ITEM_COST)
+        cost = _makespan(work, items * KV_HEADS, size, GRID, ITEM_COST) + extra
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)
         chunk = tl.where(better, size, chunk)
         best = tl.where(better, cost, best)
@@ -80,11 +91,11 @@ def schedule(
     at = tl.sum(tl.where(seq < me, count, 0), 0)
     part = taken + tl.sum(tl.where(seq < me, parts, 0), 0)
     my_slots = tl.sum(tl.where(mine, slots, 0), 0)
-    tl.store(slots_out + me, my_slots)
-    tl.store(parts_out + me, part)
     if me == 0:
         tl.store(sizes_out, tl.sum(count, 0))
         tl.store(sizes_out + 1, chunk)
+        tl.store(taken_out, 0)
+        tl.store(taken_out + 1, 0)
 
     todo = tl.sum(tl.where(mine, count, 0), 0)
     my_cuts = tl.maximum(tl.sum(tl.where(mine, cuts, 0), 0), 1)
@@ -93,7 +104,20 @@ def schedule(
     start = tl.sum(tl.where(mine, first, 0), 0)
     q_at = tl.sum(tl.where(mine, q_first, 0), 0)
     q_count = tl.sum(tl.where(mine, q_len, 0), 0)
+    my_shared = tl.sum(tl.where(mine, shared, 0), 0)
+    entry = tl.load(where_start + me)
+    stride = q_count * GROUP
     lane = tl.arange(0, 64)
+    for k in range(0, q_count, 64):
+        local = k + lane
+        inside = local < q_count
+        of_row = merges_out + (q_at + local) * ROW_FIELDS
+        same = tl.zeros([64], tl.int32)
+        tl.store(of_row, same + my_slots, mask=inside)
+        tl.store(of_row + 1, part + local * GROUP - my_shared * stride, mask=inside)
+        tl.store(of_row + 2, same + stride, mask=inside)
+        tl.store(of_row + 3, same + my_shared, mask=inside)
+        tl.store(of_row + 4, entry + local * my_shared, mask=inside)
     for k in range(0, todo, 64):
         local = k + lane
         inside = local < todo

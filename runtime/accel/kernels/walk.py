@@ -28,14 +28,14 @@ def walk(
     v_base,
     ks_base,
     vs_base,
-    k_page_stride,
-    v_page_stride,
-    ks_page_stride,
-    vs_page_stride,
-    k_row_stride,
-    v_row_stride,
-    ks_row_stride,
-    vs_row_stride,
+    k_page_stride: tl.constexpr,
+    v_page_stride: tl.constexpr,
+    ks_page_stride: tl.constexpr,
+    vs_page_stride: tl.constexpr,
+    k_row_stride: tl.constexpr,
+    v_row_stride: tl.constexpr,
+    ks_row_stride: tl.constexpr,
+    vs_row_stride: tl.constexpr,
     qk_scale,
     SOFTCAP: tl.constexpr,
     KV: tl.constexpr,
@@ -49,7 +49,8 @@ def walk(
     """Online softmax over keys `[lo, hi)` in tiles of BN; row i sees keys `low[i]..high[i]`.
 
     `pages` holds the page id(s) of the tile at `lo`; those of the tile at `hi` are returned (a
-    scalar when a tile lies in one page, else one id a key). What lies behind `limit` may be anything, NaN too.
+    scalar when a tile lies in one page, else one id a key). What lies behind `limit` may be
+    anything, NaN too. `den` is `[BM]`, or `[BM, BN]` to be summed by the caller.
     """
     key = tl.arange(0, BN)
     d = tl.arange(0, BD)
@@ -101,7 +102,10 @@ def walk(
             base = m_new
         p = tl.exp2(s * unit - base[:, None])
         alpha = tl.exp2(m - base)
-        den = den * alpha + tl.sum(p, 1)
+        if len(den.shape) == 2:
+            den = den * alpha[:, None] + p
+        else:
+            den = den * alpha + tl.sum(p, 1)
         m = m_new
 
         # Scores of what lies behind the last key are masked above, but 0 * NaN is NaN.

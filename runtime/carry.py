@@ -12,6 +12,9 @@ from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["Carry", "Contents", "Job"]
 
+_FEW = 4096
+"""Block ids that are never worth forgetting."""
+
 
 @frozen
 class Job:
@@ -44,6 +47,7 @@ class Contents:
         """Requests that have not finished."""
         self._size, self._model = target.block_size, target.model.name
         self._ids = BlockIds(target.block_size)
+        self._tidy_at = _FEW
         self._submitted = 0
         self._private: dict[int, str] = {}
         """Ids of blocks of generated tokens, and whose they are."""
@@ -102,7 +106,18 @@ class Contents:
                 resident.append(Resident(tier, ids, tuple(where[c] for c in ids), worker))
         self._lru = {c: None for c in self._lru if any(c in where for where in kept.values())}
         self._private = {c: name for c, name in self._private.items() if name in self.jobs}
+        self._tidy(kept)
         return Carry(tuple(resident), live, tuple(frees), computed)
+
+    def _tidy(self, kept: dict[str, dict[int, int]]) -> None:
+        """Forget the ids of blocks that no tier and no request has, each time they have doubled."""
+        if len(self._ids) < self._tidy_at:
+            return
+        self._ids.keep(
+            {c for where in kept.values() for c in where}
+            | {c for job in self.jobs.values() for c in job.blocks}
+        )
+        self._tidy_at = max(_FEW, 2 * len(self._ids))
 
     def _content(self, content: object) -> int | None:
         """The id of a block's content in the next epoch; None when nobody can want it."""

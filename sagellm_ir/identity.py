@@ -6,7 +6,7 @@ that model, adapter and tenant never share. The hash is BLAKE2b (RFC 7693): a te
 tokens that collide with another's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import count
@@ -86,6 +86,14 @@ class BlockIds:
         self._fresh = count()
         self._digests: dict[bytes, int] = {}
         self._traces: dict[tuple[Namespace, int], dict[int, int]] = {}
+
+    def __len__(self) -> int:
+        """Blocks known by their tokens."""
+        return len(self._digests)
+
+    def keep(self, numbers: Container[int]) -> None:
+        """Forget the blocks of all other numbers; they get new ones when they are seen again."""
+        self._digests = {d: n for d, n in self._digests.items() if n in numbers}
 
     def _number(self, table: dict[K, int], keys: Sequence[K]) -> tuple[int, ...]:
         """The numbers of `keys`; new ones get the next. Runs in C but for one test a key."""

@@ -338,7 +338,7 @@ def stop(
         )
 
 
-@shared.command(app, "attach", example="llm engine attach http://127.0.0.1:8000 --model qwen")
+@shared.command(app, "attach", example="llm engine attach http://gpu1:PORT --model qwen")
 def attach(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a server with an OpenAI API.")],
     model: Annotated[

@@ -10,6 +10,7 @@ from sagellm_ir.graph import RequestDecl
 from sagellm_ir.lowering import lower
 from sagellm_ir.lowering.plan import PlanRequest
 from sagellm_ir.lowering.verify_plan import verify_plan
+from sagellm_ir.runtime import carry
 from sagellm_ir.runtime.backend import EngineView, PlanSource
 from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
 from sagellm_ir.target import Target, Tier, Worker
@@ -118,6 +119,15 @@ def test_a_later_request_hits_the_prompt_of_one_that_ended() -> None:
     )
     second = engine.report().requests[1]
     assert second.computed_tokens == 2
+
+
+def test_ids_of_blocks_that_nobody_has_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carry, "_FEW", 16)
+    traffic = [(3 * i, request(f"r{i}", [i // 2] * 17, 2)) for i in range(80)]
+    engine, planner = online(traffic)
+    assert len(planner._contents._ids) < 80  # of 160 blocks seen; the pools hold 48
+    # Every second request finds the four blocks of the one before it: none was forgotten too soon.
+    assert [r.computed_tokens for r in engine.report().requests] == [17, 1] * 40
 
 
 def test_an_aborted_request_is_not_planned_again() -> None:

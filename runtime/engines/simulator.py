@@ -23,6 +23,7 @@ from sagellm_ir.runtime.backend import (
 )
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.runtime.simulation import RequestReport, SimulationReport
+from sagellm_ir.runtime.trace import Trace, TraceRow
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["SimulatorEngine"]
@@ -78,6 +79,10 @@ class SimulatorEngine:
         self._steps = self._forwards = self._prefill_tokens = self._decode_tokens = 0
         self._generated = self._spilled = self._reloaded = self._handed = 0
         self._move_seconds = 0.0
+        self.trace: Trace | None = None
+        """Records what is run, where one is set."""
+        self._tables: dict[tuple[str, str], list[int]] = {}
+        """The blocks of a worker's requests, while a trace is recorded."""
 
     @property
     def capability(self) -> CapabilityDescriptor:
@@ -224,6 +229,8 @@ class SimulatorEngine:
         if chunks or (rows and loops):
             seconds += loops * self._forward(step, rows, loops)
             self._forwards += loops
+        if self.trace is not None:
+            self._record(self.trace, step, rows, loops)
         end = self._clock[step.worker] = begin + seconds
         self._busy += seconds
         self._steps += 1
@@ -243,6 +250,30 @@ class SimulatorEngine:
             self._decode_tokens += count
             made.append(self._push(sequence, count, end - (loops - count) * each))
         return made
+
+    def _record(self, trace: Trace, step: PlanStep, rows: list[_Sequence], loops: int) -> None:
+        """Report a step's forwards, before its rows have advanced."""
+        for action in step.kv:
+            if isinstance(action, KVMove):
+                trace.moved(step.worker, action)
+        for bind in step.binds:
+            table = self._tables.setdefault((step.worker, bind.request), [])
+            table[bind.at : bind.at + len(bind.blocks)] = bind.blocks
+        for forward in range(loops if step.prefill or rows else 0):
+            spans = [(chunk.request, chunk.start, chunk.stop, False) for chunk in step.prefill]
+            for row in rows:
+                if row.generated + forward < row.length:
+                    stop = row.known + forward
+                    spans.append((row.request.id, stop - 1, stop, True))
+            trace.ran(
+                step.worker,
+                [
+                    TraceRow(
+                        *span, trace.cut(self._tables.get((step.worker, span[0]), ()), span[2])
+                    )
+                    for span in spans
+                ],
+            )
 
     def _push(self, sequence: _Sequence, count: int, now: float) -> tuple[_Sequence, int, int]:
         first = sequence.generated

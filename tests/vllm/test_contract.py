@@ -11,15 +11,19 @@ from vllm import LLM, SamplingParams
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.compiler import compile_requests
 from sagellm_ir.lowering.plan import KVMove, PlanRequest, PlanStep
+from sagellm_ir.lowering.serial import load_plan, save_plan
 from sagellm_ir.passes.pipeline import PRESETS
 from sagellm_ir.request import Request, Sampling
 from sagellm_ir.runtime.backend import EngineView, InferenceBackend, TokenEvent
 from sagellm_ir.runtime.engines import LoadedBackend, load_backend
+from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
 from sagellm_ir.runtime.engines.embedded.export import export_folder
+from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
 from sagellm_ir.runtime.engines.vllm.versions import TESTED_VERSIONS, check_version
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.runtime.running import Answer, RunReport, run_plan
+from sagellm_ir.runtime.trace import Trace, Traced, differences
 from tests.vllm.real import (
     OVERRIDES,
     default_answers,
@@ -135,6 +139,29 @@ def test_policies_on_a_short_pool(
     assert spilled.moved_blocks > 0 == dropped.moved_blocks
     assert dropped.computed_tokens > spilled.computed_tokens
     assert spilled.saved_tokens > 0
+
+
+@pytest.mark.parametrize("pipeline", ["O2", f"{FRONT},evict{{policy=lru, spill=always}}"])
+def test_one_plan_on_three_engines(
+    loaded: LoadedBackend, folder: Path, expected: dict[str, Any], tmp_path: Path, pipeline: str
+) -> None:
+    """One plan file: the same tokens, and each engine's own report of chunks and sharing agrees."""
+    save_plan(compile_requests(workload(), loaded.target, pipeline).plan, tmp_path / "plan.json")
+    plan = load_plan(tmp_path / "plan.json")
+    model = load_model(folder)
+    embedded = EmbeddedEngine(model, evolve(plan.target, model=model.spec), stop_at_eos=False)
+    traces, answers = [], []
+    for engine in (loaded.backend, embedded, SimulatorEngine(plan.target)):
+        assert isinstance(engine, Traced)
+        engine.trace = Trace(engine.capability.engine, plan.target.block_size)
+        answers.append(tokens(run_plan(engine, plan)))
+        traces.append(engine.trace)
+        engine.trace = None
+    assert answers[0] == answers[1] == theirs(expected, answers[0])
+    assert differences(traces[0], traces[1]) == []
+    assert differences(traces[0], traces[2]) == []
+    # vLLM's blocks were the plan's own, each in its place.
+    assert [f.rows for f in traces[0].forwards] == [f.rows for f in traces[2].forwards]
 
 
 def test_steps_mix_and_chunks_are_cut(loaded: LoadedBackend) -> None:

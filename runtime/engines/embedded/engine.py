@@ -31,6 +31,7 @@ from sagellm_ir.runtime.protocols import (
     KVChunk,
     KVSchemaConfig,
 )
+from sagellm_ir.runtime.trace import Trace, TraceRow
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["EmbeddedEngine"]
@@ -93,6 +94,8 @@ class EmbeddedEngine:
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[TokenEvent] = []
         self._stats = EngineStats()
+        self.trace: Trace | None = None
+        """Records what is run, where one is set."""
 
     @property
     def capability(self) -> CapabilityDescriptor:
@@ -228,6 +231,8 @@ class EmbeddedEngine:
         source = self._worker(item.from_worker) if item.from_worker else worker
         source.pool.copy(item.from_tier, item.src, worker.pool, item.to_tier, item.dst)
         worker.hold(item.to_tier, item.dst)
+        if self.trace is not None:
+            self.trace.moved(worker.name, item)
         return len(item.src)
 
     def _work(self, step: PlanStep) -> list[_Work]:
@@ -256,6 +261,8 @@ class EmbeddedEngine:
         work.sort(key=lambda row: self._order(worker, row))
         batch = self._batch(step, worker, work)
         logits = self.model.forward(batch, worker.pool.layers)
+        if self.trace is not None:
+            self.trace.ran(worker.name, _traced(self.trace, worker, work))
         yielding = [row.sequence for row in work if row.yields]
         drawn = draw(logits, [sequence.sampler for sequence in yielding])
         for row in work:
@@ -339,3 +346,10 @@ class EmbeddedEngine:
     def _count(self, **more: float) -> None:
         now = {name: getattr(self._stats, name) + value for name, value in more.items()}
         self._stats = evolve(self._stats, **now)
+
+
+def _traced(trace: Trace, worker: WorkerMemory, work: list[_Work]) -> Iterator[TraceRow]:
+    for row in work:
+        name = row.sequence.request.id
+        blocks = trace.cut(worker.tables[name].blocks, row.stop)
+        yield TraceRow(name, row.start, row.stop, row.decode, blocks)

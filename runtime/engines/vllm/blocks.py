@@ -12,7 +12,7 @@ from sagellm_ir.lowering.plan import Bind, KVFree, KVMove
 from sagellm_ir.runtime.backend import CachedPrefix
 from sagellm_ir.target import DEVICE
 
-__all__ = ["NULL_BLOCKS", "BlockLedger", "to_engine"]
+__all__ = ["NULL_BLOCKS", "BlockLedger", "to_engine", "to_plan"]
 
 NULL_BLOCKS = 1
 """Blocks at the start of vLLM's pool that no request may use."""
@@ -21,6 +21,11 @@ NULL_BLOCKS = 1
 def to_engine(blocks: Iterable[int]) -> list[int]:
     """The numbers that vLLM has for a plan's device blocks."""
     return [block + NULL_BLOCKS for block in blocks]
+
+
+def to_plan(blocks: Iterable[int]) -> list[int]:
+    """Undo `to_engine`."""
+    return [block - NULL_BLOCKS for block in blocks]
 
 
 class BlockLedger:

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.target import DEVICE
 
-__all__ = ["Copy", "PlanConnector", "PlanMoves"]
+__all__ = ["Copy", "PlanConnector", "PlanMoves", "worker_tables"]
 
 
 @frozen
@@ -85,6 +85,19 @@ class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: Any) -> PlanMoves:
         """No moves but those of the plan."""
         return PlanMoves(())
+
+
+def worker_tables(worker: Any) -> dict[str, list[int]]:
+    """The block tables of the last forward, by vLLM's request id: run this in a worker."""
+    batch = worker.model_runner.input_batch
+    table = batch.block_table[0]
+    # A kernel's blocks may be smaller than the scheduler's: so many of them are one block.
+    parts = table.blocks_per_kv_block
+    rows = table.block_table.np
+    return {
+        name: (rows[at, : table.num_blocks_per_row[at] : parts] // parts).tolist()
+        for name, at in batch.req_id_to_index.items()
+    }
 
 
 def _blocks_first(name: str, cache: Any, blocks: int) -> Tensor:

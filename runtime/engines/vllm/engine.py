@@ -19,10 +19,13 @@ from sagellm_ir.runtime.backend import (
     PlanSource,
     TokenEvent,
 )
+from sagellm_ir.runtime.engines.vllm.blocks import to_plan
+from sagellm_ir.runtime.engines.vllm.connector import worker_tables
 from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
 from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
+from sagellm_ir.runtime.trace import Trace, TraceRow
 from sagellm_ir.target import Target
 
 __all__ = ["BLOCK_MULTIPLES", "VLLMBackendAdapter"]
@@ -73,6 +76,8 @@ class VLLMBackendAdapter:
         self._clients: dict[str, _Client] = {}
         self._pending: list[TokenEvent] = []
         self._seconds = 0.0
+        self.trace: Trace | None = None
+        """Records what vLLM's worker ran, where one is set."""
 
     @property
     def target(self) -> Target:
@@ -196,9 +201,36 @@ class VLLMBackendAdapter:
         start = time.perf_counter()
         outputs = self.engine.step()
         self._seconds += time.perf_counter() - start
+        self._record()
         for output in outputs:
             events += self._events(output)
         return events
+
+    def _record(self) -> None:
+        """Report the last forward, with the block tables that vLLM's (first) worker ran it with."""
+        moves, self.scheduler.moves = self.scheduler.moves, []
+        rows = self.scheduler.ran
+        if self.trace is None:
+            return
+        worker = self.scheduler.ledger.worker
+        for move in moves:
+            self.trace.moved(worker, move)
+        if not rows:
+            return
+        tables = self.engine.collective_rpc(worker_tables)[0]
+        self.trace.ran(
+            worker,
+            [
+                TraceRow(
+                    row.sequence.name,
+                    row.start,
+                    row.stop,
+                    row.decode,
+                    self.trace.cut(to_plan(tables[row.sequence.request.request_id]), row.stop),
+                )
+                for row in rows
+            ],
+        )
 
     def _events(self, output: Any) -> Iterator[TokenEvent]:
         """The tokens of one of vLLM's outputs; its text comes with the last of them."""

@@ -72,6 +72,10 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         self._names: dict[str, str] = {}
         """Plan names by vLLM's request id."""
         self._max_len: int = vllm_config.model_config.max_model_len
+        self.moves: list[KVMove] = []
+        """Moves that are not yet reported (see `VLLMBackendAdapter.trace`)."""
+        self.ran: list[Row] = []
+        """The rows of the last forward."""
         self._step: PlanStep | None = None
         self._left = 0
         """Forwards of the step that are still to run."""
@@ -98,7 +102,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         gone, self._gone = self._gone, set()
         groups = self._step.groups if self._step else ()
         common = common_blocks(groups, rows, self.target.block_size)
-        self._flight = rows
+        self._flight = self.ran = rows
         prefill = sum(row.stop - row.start for row in rows if not row.decode)
         self._count(
             forwards=bool(rows),
@@ -199,6 +203,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
                 src = to_engine(item.src) if item.from_tier == DEVICE else item.src
                 dst = to_engine(item.dst) if item.to_tier == DEVICE else item.dst
                 self._copies.append(Copy(item.from_tier, item.to_tier, src, dst))
+                self.moves.append(item)
             else:
                 self.ledger.free(item)
         for bind in step.binds:

@@ -91,8 +91,8 @@ def worker_tables(worker: Any) -> dict[str, list[int]]:
     """The block tables of the last forward, by vLLM's request id: run this in a worker."""
     batch = worker.model_runner.input_batch
     table = batch.block_table[0]
-    # A kernel's blocks may be smaller than the scheduler's: so many of them are one block.
-    parts = table.blocks_per_kv_block
+    # 0.27 has the kernel's blocks in it, which may be smaller: so many of them are one block.
+    parts = getattr(table, "blocks_per_kv_block", 1)
     rows = table.block_table.np
     return {
         name: (rows[at, : table.num_blocks_per_row[at] : parts] // parts).tolist()

@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all a newcomer needs: python3 and make suffice, everything goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench clean
+.PHONY: help setup demo test lint types unit docs format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -75,6 +75,9 @@ unit: setup build/lmdeploy/.ready build/control-plane/.ready build/vllm/.ready
 	    echo "vLLM $$release" && OMP_NUM_THREADS=1 build/vllm/$$release/bin/python -m pytest -q tests/vllm || exit 1; \
 	done; fi
 	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
+
+docs: setup  ## Make docs/protocols.md from the definitions.
+	$(BIN)/sagellm-ir schema docs -o docs/protocols.md
 
 format: setup  ## Format and fix what ruff can fix.
 	$(BIN)/ruff format .

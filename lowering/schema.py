@@ -5,14 +5,17 @@ import inspect
 import textwrap
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 import attrs
 
+from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.plan import PLAN_VERSION, ExecutionPlan
 from sagellm_ir.lowering.serial import OPS
+from sagellm_ir.nodes import KINDS, IRNode
+from sagellm_ir.serial import JSON_VERSION
 
-__all__ = ["DIALECT", "plan_schema", "schema_of"]
+__all__ = ["DIALECT", "field_docs", "graph_schema", "plan_schema", "schema_of"]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SCALARS: dict[Any, str] = {
@@ -37,6 +40,22 @@ def plan_schema() -> Schema:
     return schema
 
 
+def graph_schema() -> Schema:
+    """The schema of a graph's JSON (`graph_to_json`)."""
+    definitions: dict[str, Schema] = {}
+    graph = _refer(IRGraph, definitions)
+    return {
+        "$schema": DIALECT,
+        "title": "IRGraph",
+        "description": inspect.getdoc(IRGraph),
+        "type": "object",
+        "properties": {"sagellm_ir": {"const": JSON_VERSION}, "graph": graph},
+        "required": ["sagellm_ir", "graph"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
 def schema_of(cls: type) -> Schema:
     """The schema of an attrs class as cattrs writes it: unknown members refused, defaults optional.
 
@@ -54,20 +73,34 @@ def _refer(cls: type, definitions: dict[str, Schema]) -> Schema:
     name = cls.__name__
     if name not in definitions:
         definitions[name] = {}
-        definitions[name] = _object(cls, definitions)
+        definitions[name] = (
+            {
+                "description": inspect.getdoc(cls),
+                "oneOf": [_refer(kind, definitions) for kind in KINDS.values()],
+            }
+            if cls is IRNode
+            else _object(cls, definitions)
+        )
     return {"$ref": f"#/$defs/{name}"}
 
 
 def _object(cls: type, definitions: dict[str, Schema]) -> Schema:
-    hints, texts = get_type_hints(cls), _field_docs(cls)
+    texts = field_docs(cls)
     properties: dict[str, Schema] = {}
     required: list[str] = []
     if cls in OPS:
         properties["op"] = {"const": OPS[cls]}
         required.append("op")
+    if issubclass(cls, IRNode):
+        properties["kind"] = {"const": cls.kind}
+        required.append("kind")
     for field in attrs.fields(cls):
-        described = {"description": texts[field.name]} if field.name in texts else {}
-        properties[field.name] = {**_schema(hints[field.name], definitions), **described}
+        described: Schema = {"description": texts[field.name]} if field.name in texts else {}
+        if names := getattr(field.validator, "names", None):
+            described["enum"] = list(names)
+        if type(field.default) in _SCALARS:
+            described["default"] = field.default
+        properties[field.name] = {**_schema(field.type, definitions), **described}
         if field.default is attrs.NOTHING:
             required.append(field.name)
     return {
@@ -82,6 +115,8 @@ def _object(cls: type, definitions: dict[str, Schema]) -> Schema:
 def _schema(hint: Any, definitions: dict[str, Schema]) -> Schema:
     if hint in _SCALARS:
         return {"type": _SCALARS[hint]}
+    if hint is bytes:
+        return {"type": "string", "contentEncoding": "base64"}
     if attrs.has(hint):
         return _refer(hint, definitions)
     arguments = get_args(hint)
@@ -95,7 +130,7 @@ def _schema(hint: Any, definitions: dict[str, Schema]) -> Schema:
 
 
 @cache
-def _field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """The docstrings that stand under the fields of a class and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):

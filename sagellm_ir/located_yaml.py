@@ -8,7 +8,7 @@ from types import GenericAlias
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from attrs import Attribute, fields
+from attrs import Attribute, field, fields, frozen
 from cattrs import BaseValidationError, Converter, ForbiddenExtraKeysError
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
@@ -40,23 +40,27 @@ _Loader.add_implicit_resolver(
 )
 
 
-def yaml_value(text: str | bytes) -> Any:
-    """What a YAML text means; raises `yaml.YAMLError` or `ValueError` when it is none."""
-    return yaml.load(text, _Loader)
+def _names(known: Iterable[str]) -> tuple[str, ...]:
+    return tuple(known)
 
 
-def one_of(known: Iterable[str]) -> Callable[[Any, "Attribute[Any]", Any], None]:
+@frozen
+class one_of:
     """A validator for texts that takes one of a few, and suggests the nearest."""
-    names = tuple(known)
 
-    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-        if value not in names:
-            expected = ", ".join(names)
-            hint = suggest(str(value), names) if value else ""
+    names: tuple[str, ...] = field(converter=_names)
+
+    def __call__(self, _: Any, attribute: "Attribute[Any]", value: Any) -> None:
+        if value not in self.names:
+            expected = ", ".join(self.names)
+            hint = suggest(str(value), self.names) if value else ""
             hint = f"; {hint}" if hint.startswith("did") else ""
             raise ValueError(f"'{attribute.name}' expected one of {expected}; got {value!r}{hint}")
 
-    return check
+
+def yaml_value(text: str | bytes) -> Any:
+    """What a YAML text means; raises `yaml.YAMLError` or `ValueError` when it is none."""
+    return yaml.load(text, _Loader)
 
 
 def _integer(value: Any, _: type) -> int:

@@ -18,8 +18,8 @@ class CapabilityDescriptor:
     """The engine kind, as `load_backend` names it."""
     device: str = field(default="cpu", validator=validators.in_(DEVICE_KINDS))
     """What it computes on: one of `DEVICE_KINDS`."""
-    device_name: str = ""
-    """The device as its maker calls it; empty when the engine does not tell."""
+    device_name: str | None = None
+    """The device as its maker calls it; None when the engine does not tell."""
     device_memory: int | None = field(default=None, validator=validators.optional(validators.gt(0)))
     """Bytes of one device; None when the engine does not tell."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")

@@ -1,4 +1,6 @@
-"""`schema dump`: the JSON Schema of plans."""
+"""`schema ...`: JSON Schemas of the types that engines exchange, and their page in docs/."""
+
+from typing import Annotated
 
 import typer
 
@@ -9,19 +11,27 @@ __all__ = ["app"]
 app = typer.Typer(
     name="schema",
     no_args_is_help=True,
-    help="The JSON Schema of plans.",
-    epilog="Example: sage infer schema dump > plan.schema.json",
+    help="JSON Schemas of plans, graphs, configuration and protocols.",
+    epilog="Example: sage infer schema dump ExecutionPlan > plan.schema.json",
 )
 
 
-@app.callback()
-def _group() -> None:
-    """The JSON Schema of plans."""
+@shared.command(app, "dump", example="schema dump ExecutionPlan -o plan.schema.json")
+def dump(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[TYPE]", help="One type, for example ExecutionPlan.")
+    ] = None,
+    output: shared.Out = None,
+) -> None:
+    """Print JSON Schema (draft 2020-12): of one type, or of all of them under `$defs`."""
+    from sagellm_ir.runtime.protocols.catalogue import every_schema, schema
+
+    shared.emit_json(every_schema() if name is None else schema(name), output)
 
 
-@shared.command(app, "dump", example="schema dump -o plan.schema.json")
-def dump(output: shared.Out = None) -> None:
-    """Print the JSON Schema (draft 2020-12) that plan files follow."""
-    from sagellm_ir.lowering.schema import plan_schema
+@shared.command(app, "docs", example="schema docs -o docs/protocols.md")
+def docs(output: shared.Out = None) -> None:
+    """Print what all types and their fields mean, as Markdown."""
+    from sagellm_ir.runtime.protocols.catalogue import document
 
-    shared.emit_json(plan_schema(), output)
+    shared.emit(document(), output)

@@ -60,7 +60,7 @@ def test_dump_as_json_and_plans(cli: Cli) -> None:
         "gantt"
     )
     plan = json.loads(cli("ir", "dump", "-r", TOKENS, "--stage", "plan", "-f", "json").out)
-    schema = json.loads(cli("schema", "dump").out)
+    schema = json.loads(cli("schema", "dump", "ExecutionPlan").out)
     jsonschema.validate(plan, schema)
 
 

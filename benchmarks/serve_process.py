@@ -16,6 +16,16 @@ from attrs import frozen
 
 __all__ = ["Process", "Usage", "ours", "started", "vllm"]
 
+# vLLM on a CPU: threads unbound, as ours are; GiB of KV; no network.
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -72,14 +82,17 @@ def vllm(python: str, folder: Path) -> list[str]:
 
 
 @contextmanager
-def started(name: str, command: Sequence[str], patience: float = 300.0) -> Iterator[Process]:
+def started(name: str, command: Sequence[str], patience: float = 600.0) -> Iterator[Process]:
     """Start a server on a free port, wait until it is healthy; at the end, SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     full = [*command, "--port", str(port), "--host", "127.0.0.1"]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(full, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    environment = {**VLLM_ENVIRONMENT, **os.environ}
+    with subprocess.Popen(
+        full, stdout=subprocess.DEVNULL, start_new_session=True, env=environment
+    ) as process:
         try:
             end = time.monotonic() + patience
             while not _healthy(url):

@@ -3,8 +3,10 @@
     python benchmarks/compile.py --trace mooncake_conversation.jsonl.xz
     python benchmarks/compile.py --sizes 1000,10000,100000,1000000 --plot docs/images/compile.svg
 
-Without a trace file it compiles a random workload of the same shape (`workload.py`). One core; each
+Without a trace file it compiles a random workload of the same shape (`workload.py`). One thread; each
 row is the best of `--repeat` runs. As in `compile_requests`, the cyclic collector rests meanwhile.
+Phases and `total` are seconds of the clock; `cpu` is the processor time of all of it, which neighbours on
+the machine disturb less: growth is told, and plotted, by it.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def compile_once(requests: list[Request], target: Target, pipeline: str) -> tupl
     """Seconds of each phase, and what came out: what `compile_requests` does, taken apart."""
     timing = Timing()
     manager = PassManager(Pipeline.parse(pipeline), (timing,))
-    began = time.perf_counter()
+    cpu, began = time.process_time(), time.perf_counter()
     built = build(requests, target)
     after_build = time.perf_counter()
     graph = manager.run(built.graph)
@@ -48,14 +50,15 @@ def compile_once(requests: list[Request], target: Target, pipeline: str) -> tupl
         phases[row.spec] = row.seconds
     verifying = after_passes - after_build - sum(row.seconds for row in timing.rows)
     phases |= {"verify": verifying, "lower": done - after_passes, "total": done - began}
+    phases["cpu"] = time.process_time() - cpu
     facts = {"nodes": len(graph.nodes), "steps": len(plan.steps)}
     return phases, {name: float(value) for name, value in facts.items()}
 
 
 def best(requests: list[Request], target: Target, pipeline: str, repeat: int) -> dict[str, Phases]:
-    """The run with the least total time."""
+    """The run that took the least processor time."""
     runs = [compile_once(requests, target, pipeline) for _ in range(repeat)]
-    phases, facts = min(runs, key=lambda run: run[0]["total"])
+    phases, facts = min(runs, key=lambda run: run[0]["cpu"])
     return {"seconds": phases, "facts": facts}
 
 
@@ -84,7 +87,7 @@ def plot(sizes: list[int], totals: list[float], path: Path) -> None:
     linear = [totals[0] * size / sizes[0] for size in sizes]
     axes.loglog(sizes, linear, "--", color="grey", label="linear")
     axes.set_xlabel("requests")
-    axes.set_ylabel("seconds")
+    axes.set_ylabel("seconds of one core")
     axes.legend()
     axes.grid(visible=True, alpha=0.3)
     figure.tight_layout()
@@ -113,6 +116,7 @@ def main() -> None:
         "seed": arguments.seed,
     }
     Console(stderr=True).print(report, highlight=False)
+    compile_once(conversations(100, seed=0), target, arguments.pipeline)  # imports what is lazy
     workloads: dict[str, dict[str, Phases]] = {}
     if arguments.trace:
         began = time.perf_counter()
@@ -129,7 +133,7 @@ def main() -> None:
         result = best(requests, target, arguments.pipeline, arguments.repeat)
         show("random conversations", requests, result)
         workloads[f"random {size}"] = result
-        totals.append(result["seconds"]["total"])
+        totals.append(result["seconds"]["cpu"])
     if arguments.plot and sizes:
         plot(sizes, totals, arguments.plot)
     if arguments.json:

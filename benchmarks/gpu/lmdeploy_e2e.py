@@ -29,6 +29,7 @@ BUILD = ROOT / "build" / "lmdeploy"
 PLUGIN = "sagellm_ir.runtime.engines.lmdeploy.plugin:attach"
 CONFIGS = ("stock", "patched", "plan", "plan+kernels")
 ROWS = "0-9"
+FIRST, HALVES = "64 x 1024, nothing shared", "64 x 1024, the first row's prompts in halves"
 CHEAP = "0-2"
 
 
@@ -92,7 +93,7 @@ def environment_of(config: str, path: str) -> dict[str, str]:
     environment.setdefault("LMDEPLOY_LOG_LEVEL", "WARNING")
     if config.startswith("plan"):
         environment["LMDEPLOY_PYTORCH_PLUGIN"] = PLUGIN
-        environment["SAGELLM_IR_TARGET"] = "h100"
+        environment["SAGELLM_ACCEL__MODE"] = "auto" if "kernels" in config else "off"
     return environment
 
 
@@ -115,6 +116,11 @@ def main() -> None:
                 "smoke": args.smoke,
                 "row_seconds": args.row_seconds,
                 "results": str(work / f"{config}.jsonl"),
+                "judge": [
+                    str(work / f"{other}.jsonl") for other in configs[: configs.index(config)]
+                ]
+                if config == "stock" and not args.smoke
+                else [],
             }
             worker = subprocess.Popen(
                 [sys.executable, str(HERE / "lmdeploy_worker.py"), json.dumps(task)],
@@ -150,10 +156,8 @@ def collect(work: Path, configs: list[str]) -> dict[str, Any]:
                 figures["tokens"] = compare(stock[row]["tokens"], entry["tokens"])
                 figures["speedup"] = round(stock[row]["wall_s"] / entry["wall_s"], 3)
             report[config][row] = figures
-    names = list(stock)
-    if len(names) > 2 and "halves" in names[-1]:
-        first, halves = stock[names[1]], stock[names[-1]]
-        report["stock"][names[-1]]["tokens"] = compare(first["tokens"], halves["tokens"])
+    if (first := stock.get(FIRST)) and (halves := stock.get(HALVES)):
+        report["stock"][HALVES]["tokens"] = compare(first["tokens"], halves["tokens"])
     return report
 
 

@@ -2,15 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from attrs import define, field, frozen
 
-__all__ = ["ROWS", "WARM_UP", "Answered", "Client", "Row", "Run"]
+__all__ = ["KERNELS_WARM_UP", "ROWS", "WARM_UP", "Answered", "Client", "Row", "Run"]
 
 Ids = list[int]
+Tokens = Mapping[str, Ids]
+"""Answers by name."""
 
 AGENT_TURNS = ((15678, 175), (15874, 153), (16056, 133), (16606, 261), (16900, 176), (24809, 427))
 """Prompt and answer tokens of the first turns of a coding agent's session: `trace_0014` of
@@ -41,6 +43,21 @@ class Client:
     def ids(self, count: int) -> Ids:
         """Random token ids."""
         found: Ids = self.rng.integers(1000, 150_000, count).tolist()
+        return found
+
+    async def logits(self, prompt: Ids) -> dict[int, float]:
+        """The largest logits of the token after a prompt. The engine's `logprobs_mode` is raw_logits."""
+        from lmdeploy.messages import GenerationConfig
+
+        self._session += 1
+        session = self._session
+        config = GenerationConfig(max_new_tokens=1, top_k=1, ignore_eos=True, logprobs=50)
+        instance = self._engine.create_instance()
+        found: dict[int, float] = {}
+        async for out in instance.async_stream_infer(session, prompt, gen_config=config):
+            for entry in out.logprobs or ():
+                found.update(entry)
+        await instance.async_end(session)
         return found
 
     async def ask(self, name: str, prompt: Ids, new: int) -> Answered:
@@ -94,6 +111,8 @@ class Row:
     name: str
     seed: int
     make: Callable[[Client], Callable[[Client], Awaitable[list[Answered]]]]
+    prompts: Callable[[Client], Sequence[Ids]] | None = None
+    """Of rows whose prompts are known beforehand, by name (0, 1, ...)."""
 
     async def run(self, client: Client) -> Run:
         """Run it once."""
@@ -103,8 +122,39 @@ class Row:
         answers = await work(client)
         return Run(time.perf_counter() - began, answers)
 
+    async def judge(self, client: Client, mine: Tokens, other: Tokens) -> dict[str, float]:
+        """Whether differing answers differ at near ties: this engine's logits where they part.
 
-def _at_once(prompts: Callable[[Client], Sequence[Ids]], new: int, pause: float = 0.0) -> Any:
+        At most 64 answers are looked at. `ties` are those where the two tokens' logits are within
+        an eighth: four steps of bf16 at the size that the largest logits have here.
+        """
+        assert self.prompts is not None
+        client.rng = np.random.default_rng(self.seed)
+        gaps: list[float] = []
+        for at, prompt in enumerate(self.prompts(client)):
+            pair = list(zip(mine[str(at)], other[str(at)], strict=False))
+            part = next((place for place, (a, b) in enumerate(pair) if a != b), None)
+            if part is not None and len(gaps) < 64:
+                logits = await client.logits(prompt + mine[str(at)][:part])
+                a, b = (logits.get(token, -np.inf) for token in pair[part])
+                gaps.append(abs(a - b) if np.isfinite(a + b) else np.inf)
+        if not gaps:
+            return {"looked_at": 0}
+        return {
+            "looked_at": len(gaps),
+            "ties": sum(gap <= 0.125 for gap in gaps),
+            "median_gap": float(np.median(gaps)),
+            "largest_gap": float(max(gaps)),
+        }
+
+
+def _at_once(
+    name: str,
+    seed: int,
+    prompts: Callable[[Client], Sequence[Ids]],
+    new: int,
+    pause: float = 0.0,
+) -> Row:
     """All requests are sent at once; with a pause, in two halves."""
 
     def make(client: Client) -> Callable[[Client], Awaitable[list[Answered]]]:
@@ -119,21 +169,21 @@ def _at_once(prompts: Callable[[Client], Sequence[Ids]], new: int, pause: float 
 
         return work
 
-    return make
+    return Row(name, seed, make, prompts)
 
 
-def _unshared(count: int, length: int, new: int, pause: float = 0.0) -> Any:
-    return _at_once(lambda client: [client.ids(length) for _ in range(count)], new, pause)
+def _unshared(name: str, seed: int, new: int, pause: float = 0.0) -> Row:
+    return _at_once(name, seed, lambda client: [client.ids(1024) for _ in range(64)], new, pause)
 
 
-def _shared(prefix: int, count: int, new: int) -> Any:
+def _shared(name: str, seed: int, prefix: int, count: int, new: int = 128) -> Row:
     """Requests of one prefix, the same for a length and count, and 128 tokens of their own."""
 
     def prompts(client: Client) -> Sequence[Ids]:
         start: Ids = np.random.default_rng((prefix, count)).integers(1000, 150_000, prefix).tolist()
         return [start + client.ids(128) for _ in range(count)]
 
-    return _at_once(prompts, new)
+    return _at_once(name, seed, prompts, new)
 
 
 def _mixed(count: int, rate: float, new: int) -> Any:
@@ -186,15 +236,26 @@ def _agents(sessions: int, turns: Sequence[tuple[int, int]], system: int) -> Any
 
 
 ROWS = (
-    Row("64 x 1024, nothing shared", 1, _unshared(64, 1024, 128)),
-    Row("64 x (8192 shared + 128), cold", 2, _shared(8192, 64, 128)),
-    Row("64 x (8192 + 128), again", 3, _shared(8192, 64, 128)),
-    Row("256 x (8192 shared + 128), cold", 4, _shared(8192, 256, 128)),
-    Row("256 x (8192 + 128), again", 5, _shared(8192, 256, 128)),
-    Row("128 x (32768 shared + 128), cold", 6, _shared(32768, 128, 128)),
-    Row("128 x (32768 + 128), again", 7, _shared(32768, 128, 128)),
-    Row("mixed, Poisson 16/s", 8, _mixed(192, 16.0, 128)),
-    Row("agents, 24 sessions x 6 turns", 9, _agents(24, AGENT_TURNS, AGENT_SYSTEM)),
-    Row("64 x 1024, the first row's prompts in halves", 1, _unshared(64, 1024, 128, pause=0.3)),
+    _unshared("64 x 1024, nothing shared", 1, 128),
+    _shared("64 x (8192 shared + 128), cold", 2, 8192, 64),
+    _shared("64 x (8192 + 128), again", 3, 8192, 64),
+    _shared("256 x (8192 shared + 128), cold", 4, 8192, 256),
+    _shared("256 x (8192 + 128), again", 5, 8192, 256),
+    _shared("128 x (32768 shared + 128), cold", 6, 32768, 128),
+    _shared("128 x (32768 + 128), again", 7, 32768, 128),
+    Row("mixed, Poisson 16/s", 8, _mixed(128, 16.0, 128)),
+    Row("agents, 16 sessions x 6 turns", 9, _agents(16, AGENT_TURNS, AGENT_SYSTEM)),
+    _unshared("64 x 1024, the first row's prompts in halves", 1, 128, pause=0.3),
 )
-WARM_UP = Row("warm-up", 0, _unshared(64, 1024, 16))
+"""The rows of the table."""
+WARM_UP = (
+    _unshared("warm-up", 10, 16),
+    _shared("warm-up", 11, 2048, 16, 16),
+    _shared("warm-up", 12, 2048, 16, 16),
+)
+"""Compiles what rows would compile in their measured time."""
+KERNELS_WARM_UP = tuple(
+    _shared("warm-up", 13 + at, prefix, count, 20)
+    for at, (prefix, count) in enumerate(((8000, 64), (8000, 256), (30000, 128), (8000, 16)))
+)
+"""The same for our kernels: a CUDA graph for each batch size and tile height."""

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
-from lmdeploy_rows import ROWS, WARM_UP, Client
+from lmdeploy_rows import KERNELS_WARM_UP, ROWS, WARM_UP, Client
 from ticks import Ticks
 
 CONFIG: dict[str, Any] = {
@@ -26,10 +27,14 @@ def build(task: dict[str, Any]) -> Any:
         from tests.lmdeploy import cpu
 
         return cpu.engine(**CONFIG, num_gpu_blocks=12000, session_len=131072, device_type="cuda")
+    import lmdeploy.pytorch.engine.engine as engine_module
     from lmdeploy.messages import PytorchEngineConfig
     from lmdeploy.pytorch.engine import Engine
 
-    config = PytorchEngineConfig(**CONFIG, cache_max_entry_count=task["cache"])
+    # It starts a process to look at the environment: seconds, and nothing of what is measured.
+    engine_module.EngineChecker = lambda **_: types.SimpleNamespace(handle=lambda: None)
+    cache = {"cache_max_entry_count": task["cache"], "logprobs_mode": "raw_logits"}
+    config = PytorchEngineConfig(**CONFIG, **cache)
     return Engine.from_pretrained(task["model"], config)
 
 
@@ -46,8 +51,11 @@ async def work(task: dict[str, Any]) -> None:
     }
     with Path(task["results"]).open("a") as file:
         say(file, start)
-        await WARM_UP.run(client)
+        warm = time.perf_counter()
+        for row in (*WARM_UP, *(KERNELS_WARM_UP if "kernels" in task["config"] else ())):
+            await row.run(client)
         await asyncio.sleep(0.2)
+        say(file, {"row": "warm-up", "seconds": round(time.perf_counter() - warm, 1)})
         for number in task["rows"]:
             ticks.take()
             driver = getattr(engine.scheduler, "plan_source", None)
@@ -60,8 +68,20 @@ async def work(task: dict[str, Any]) -> None:
             if driver is not None:
                 entry |= {"unplanned": driver.unplanned, "rejected": driver.rejected[-3:]}
                 entry["epochs"] = driver.source.planner.epochs
-            say(file, {**entry, "tokens": {a.name: a.tokens for a in run.answers}})
+            tokens = {answer.name: answer.tokens for answer in run.answers}
+            say(file, {**entry, "tokens": tokens})
+            if task["judge"] and ROWS[number].prompts is not None:
+                await judge(client, ROWS[number], tokens, task["judge"], file)
             await asyncio.sleep(0.2)
+
+
+async def judge(client: Client, row: Any, tokens: Any, others: list[str], file: Any) -> None:
+    """Look at where the answers of configurations that ran before part from these."""
+    for other in map(Path, others):
+        for entry in map(json.loads, other.read_text().splitlines()):
+            if entry["row"] == row.name and "tokens" in entry:
+                found = await row.judge(client, tokens, entry["tokens"])
+                say(file, {"row": f"{row.name}: {other.stem} parts", **found})
 
 
 def state(engine: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def test_the_environment_variable_attaches_the_online_planner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(envs, "pytorch_plugin", PLUGIN)
-    monkeypatch.setenv("SAGELLM_IR_TARGET", "h200")
+    monkeypatch.setenv("SAGELLM_ENGINE__TARGET", "h200")
     eng = engine()
     driver = eng.scheduler.plan_source
     assert driver.source.planner.target.device.name == "h200"

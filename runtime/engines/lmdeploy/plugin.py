@@ -3,36 +3,58 @@
     sage infer patches apply --target installed
     LMDEPLOY_PYTORCH_PLUGIN=sagellm_ir.runtime.engines.lmdeploy.plugin:attach lmdeploy serve api_server MODEL
 
-`SAGELLM_IR_PIPELINE` names the passes of the online planner (default O2), `SAGELLM_IR_TARGET` the
-preset whose speeds they reckon with.
+`sage_llm.yaml` and the environment configure it as they do any engine: `engine.pipeline` names the
+passes of the online planner, `accel` the attention.
 """
 
 import logging
-import os
 from typing import Any
 
+import torch
+
 from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.config import SageConfig, load_config
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import Names
 from sagellm_ir.runtime.planner import OnlinePlanner
+from sagellm_ir.target import Target
 
-__all__ = ["attach"]
+__all__ = ["attach", "base_target", "prepare"]
 
 logger = logging.getLogger(__name__)
 
 
 def attach(role: str, engine: Any = None) -> PlanDriver | None:
-    """LMDeploy calls this (patch 0001); an engine that plans cannot drive is left as it is."""
+    """LMDeploy calls this (patch 0001): in each process, and when an engine has been made.
+
+    An engine that plans cannot drive is left as it is.
+    """
+    config = load_config()
+    if role == "process":
+        prepare(config)
     if role != "engine":
         return None
-    preset = os.environ.get("SAGELLM_IR_TARGET")
-    pipeline = os.environ.get("SAGELLM_IR_PIPELINE", "O2")
-    target = target_of(engine, load_target(preset) if preset else None)
     names = Names()
-    source = OnlineSource(OnlinePlanner(target, pipeline), engine.scheduler, names)
+    target = target_of(engine, base_target(config))
+    source = OnlineSource(OnlinePlanner(target, config.engine.pipeline), engine.scheduler, names)
     try:
         return PlanDriver(engine, source, names)
     except ValueError as error:
         logger.warning("%s; LMDeploy schedules by its own rules", error)
         return None
+
+
+def prepare(config: SageConfig) -> None:
+    """Before a model is built in this process: its attention, on a GPU."""
+    if torch.cuda.is_available():
+        from sagellm_ir.runtime.engines.lmdeploy.kernels.prefix_aware_attention import install
+
+        install(config.accel)
+
+
+def base_target(config: SageConfig) -> Target:
+    """The preset whose speeds are reckoned with: this machine's GPU, or else as configured."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    found = next((gpu for gpu in ("h100", "h200") if gpu in name.lower()), None)
+    return load_target(found or config.engine.target)

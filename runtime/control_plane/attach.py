@@ -102,7 +102,7 @@ class Attachment:
         self.record = record
         self.state = "STARTING"
         self._figures, self._interval = figures, interval
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = _bearer(api_key)
         self._gateway = gateway.rstrip("/")
         self._http = httpx.AsyncClient(
             base_url=self._gateway, headers=self._headers, timeout=TIMEOUT
@@ -218,7 +218,13 @@ class Attachment:
 
 
 def attach_server(
-    gateway: str, url: str, *, kind: str, model: str | None = None, engine_id: str | None = None
+    gateway: str,
+    url: str,
+    *,
+    kind: str,
+    model: str | None = None,
+    engine_id: str | None = None,
+    api_key: str | None = None,
 ) -> EngineRecord:
     """Register a running server with an OpenAI API; the gateway checks its health from then on.
 
@@ -228,6 +234,7 @@ def attach_server(
         kind: "vllm", "lmdeploy", ...
         model: default: the first that the server lists.
         engine_id: default: kind and port.
+        api_key: for the gateway, as a bearer token.
 
     Raises:
         SageIRError: one of them does not answer, or the gateway refuses.
@@ -247,7 +254,12 @@ def attach_server(
             metadata={"engine": kind, "instance_type": "general"},
         )
         body = _registration(record, verified=False)
-        reply = httpx.post(f"{gateway.rstrip('/')}{ENGINES}/register", json=body, timeout=TIMEOUT)
+        reply = httpx.post(
+            f"{gateway.rstrip('/')}{ENGINES}/register",
+            json=body,
+            headers=_bearer(api_key),
+            timeout=TIMEOUT,
+        )
     except (httpx.HTTPError, LookupError, ValueError) as error:
         raise SageIRError(
             Diagnostic(f"cannot attach {url}: {error or type(error).__name__}")
@@ -256,6 +268,10 @@ def attach_server(
         message = f"the gateway refused engine {record.engine_id!r}: {reply.text[:200]}"
         raise SageIRError(Diagnostic(message))
     return record
+
+
+def _bearer(api_key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _registration(record: EngineRecord, *, verified: bool) -> dict[str, Any]:

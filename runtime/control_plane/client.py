@@ -17,9 +17,10 @@ from sagellm_ir.runtime.ports import gateway_port
 if TYPE_CHECKING:
     from sagellm_control import ControlPlaneManager
 
-__all__ = ["UnifiedInferenceClient", "gateway_url"]
+__all__ = ["UnifiedInferenceClient", "gateway_key", "gateway_url"]
 
 GATEWAY_VARIABLE = "SAGELLM_GATEWAY_URL"
+KEY_VARIABLE = "SAGELLM_GATEWAY_KEY"
 Message = Mapping[str, str]
 Json = dict[str, Any]
 
@@ -27,6 +28,11 @@ Json = dict[str, Any]
 def gateway_url() -> str:
     """The gateway of this machine: `SAGELLM_GATEWAY_URL`, else loopback at SAGE's gateway port."""
     return os.environ.get(GATEWAY_VARIABLE) or f"http://127.0.0.1:{gateway_port()}"
+
+
+def gateway_key() -> str | None:
+    """What a gateway with keys is asked with: `SAGELLM_GATEWAY_KEY`."""
+    return os.environ.get(KEY_VARIABLE) or None
 
 
 class Transport(Protocol):
@@ -78,7 +84,7 @@ class UnifiedInferenceClient:
             control_plane_url: the gateway's base URL; default: `gateway_url()`.
             default_llm_model: asked when a call names none; default: the first that is served.
             timeout: seconds without a byte of an answer.
-            api_key: sent as a bearer token.
+            api_key: sent as a bearer token; default: `gateway_key()`.
             control_plane: a manager of this process, instead of a gateway. `create` is then called
                 in its event loop, and the methods in other threads.
         """
@@ -87,7 +93,7 @@ class UnifiedInferenceClient:
 
             return cls(InProcess(control_plane, timeout), default_llm_model)
         url = control_plane_url or gateway_url()
-        return cls(_Gateway(url, timeout, api_key), default_llm_model)
+        return cls(_Gateway(url, timeout, api_key or gateway_key()), default_llm_model)
 
     def chat(
         self, messages: Sequence[Message], model: str | None = None, **options: Any

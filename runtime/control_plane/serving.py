@@ -10,6 +10,7 @@ from attrs import fields
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.config import EngineConfig, SageConfig
 from sagellm_ir.runtime.control_plane.attach import Attachment, EngineRecord
+from sagellm_ir.runtime.control_plane.client import gateway_key
 from sagellm_ir.runtime.control_plane.local import LocalMember
 from sagellm_ir.runtime.engines import load_backend
 from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
@@ -57,6 +58,7 @@ def serve_engine(
             _record(config, engine, host, port),
             figures=LocalMember(engine).figures,
             interval=config.control_plane.heartbeat,
+            api_key=gateway_key(),
         )
         await attachment.open(patient=patient)
         leaving.append(attachment)

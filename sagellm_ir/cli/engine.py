@@ -208,11 +208,10 @@ def _start_behind(
     Raises:
         SageIRError: it ends before that, or takes too long; what it said is told.
     """
-    code = "from sagellm_ir.cli.main import main; raise SystemExit(main())"
     path = engines.log(engine_id)
     with open(path, "w") as log:
         child = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-m", "sagellm_ir", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -353,10 +352,15 @@ def attach(
 ) -> None:
     """Make a running server of another engine known to a gateway, which then checks its health."""
     from sagellm_ir.runtime.control_plane.attach import attach_server
-    from sagellm_ir.runtime.control_plane.client import gateway_url
+    from sagellm_ir.runtime.control_plane.client import gateway_key, gateway_url
 
     record = attach_server(
-        gateway or gateway_url(), url, kind=engine_kind, model=model, engine_id=engine_id
+        gateway or gateway_url(),
+        url,
+        kind=engine_kind,
+        model=model,
+        engine_id=engine_id,
+        api_key=gateway_key(),
     )
     if as_json:
         shared.emit_json(asdict(record))

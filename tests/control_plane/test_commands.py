@@ -23,7 +23,7 @@ from tests.control_plane.tiny_fleet import LETTERS, TEMPLATE, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-COMMAND = (sys.executable, "-c", "from sagellm_ir.cli.main import main; raise SystemExit(main())")
+COMMAND = (sys.executable, "-m", "sagellm_ir")
 QUESTION = "Once upon a time"
 
 

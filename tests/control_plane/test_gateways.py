@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.runtime.config import ServerConfig
 from sagellm_ir.runtime.control_plane.attach import Attachment, EngineRecord, attach_server
 from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
 from sagellm_ir.runtime.control_plane.fleet import Fleet
@@ -334,6 +335,29 @@ def test_our_gateway_without_engines_says_so() -> None:
             reply = await at.http.patch("/v1/management/engines/a", json={"state": "REDY"})
             assert (reply.status_code, "did you mean 'READY'?" in reply.text) == (400, True)
             assert (await at.http.delete("/v1/management/engines/a")).status_code == 404
+
+    run(test)
+
+
+def test_a_gateway_with_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        fleet = Fleet()
+        app = create_gateway(fleet, ServerConfig(api_keys=("secret",)))
+        async with serve(app, fleet) as at, engine("a") as (made, port):
+            record = EngineRecord("a", MODEL, "127.0.0.1", port)
+            with pytest.raises(SageIRError, match="401"):
+                await Attachment(at.url, record).open()
+            attachment = Attachment(at.url, record, api_key="secret")
+            await attachment.open()
+            with UnifiedInferenceClient.create(at.url) as client:
+                with pytest.raises(SageIRError, match="401"):
+                    await asyncio.to_thread(client.generate, "x", MODEL)
+            monkeypatch.setenv("SAGELLM_GATEWAY_KEY", "secret")
+            with UnifiedInferenceClient.create(at.url) as client:
+                await asyncio.to_thread(client.generate, "x", MODEL)
+            assert made.load().finished == 1
+            await attachment.close()
+        await fleet.stop()
 
     run(test)
 

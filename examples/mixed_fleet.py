@@ -1,0 +1,133 @@
+"""A fleet behind one gateway: two sageLLM engines, and any vLLM or LMDeploy server you have.
+
+    python examples/mixed_fleet.py
+    python examples/mixed_fleet.py --also vllm=http://127.0.0.1:8000
+
+Requests of one document go to the engine that holds it. Then the engine that is answering is killed
+in the middle of a sentence, and the client reads on. SAGE's gateway is used where it is installed
+(`pip install 'sagellm-ir[gateway]'`), else our own.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
+
+MODEL = "smollm2-135m"
+DOCUMENTS = (
+    "The lighthouse was built in 1821 by two brothers. It is forty metres high, painted white and "
+    "red, and its lamp is still lit by hand on the first night of every winter.",
+    "The market opens at five. Fishermen sell what they caught in the night, and by eight there is "
+    "nothing left but ice, gulls and the smell of coffee from the bar at the corner.",
+)
+QUESTIONS = ("What is this text about?", "Name one number in it.", "Who is in it?")
+
+console = Console(highlight=False)
+
+
+def sagellm(*words: str) -> Any:
+    """A command of ours, and its JSON."""
+    command = (sys.executable, "-m", "sagellm_ir", *words, "--json")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def messages(document: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{document}\n\n{question}"}]
+
+
+def load(engine: dict[str, Any]) -> dict[str, int]:
+    """What an engine says of itself."""
+    found: dict[str, int] = httpx.get(f"{engine['url']}/info").json()["load"]
+    return found
+
+
+def ask_all(client: UnifiedInferenceClient, engines: Sequence[dict[str, Any]]) -> None:
+    """Each question about each document; the engines' own figures show where they went."""
+    for question in QUESTIONS:
+        for document in DOCUMENTS:
+            answer = client.chat(messages(document, question), MODEL, max_tokens=16, temperature=0)
+            console.print(f"  {question} {answer['choices'][0]['message']['content']!r}")
+    for engine in engines:
+        seen = load(engine)
+        share = seen["cached_tokens"] / max(1, seen["prompt_tokens"])
+        console.print(f"  {engine['engine_id']}: {seen['finished']} answers, {share:.0%} cached")
+
+
+def kill_mid_answer(client: UnifiedInferenceClient, engines: Sequence[dict[str, Any]]) -> None:
+    """Kill the engine that answers; the text goes on."""
+    question = messages(DOCUMENTS[0], "Tell it again, at length.")
+    pieces = client.stream(question, MODEL, max_tokens=96, temperature=0)
+    text = "".join(next(pieces) for _ in range(8))
+    console.print(f"  {text}", end="", markup=False)
+    for engine in engines:
+        if load(engine)["running"]:
+            os.kill(engine["pid"], signal.SIGKILL)
+            console.print(f" <{engine['engine_id']} killed> ", end="", style="red", markup=False)
+    console.print("".join(pieces), markup=False)
+
+
+def start_gateway() -> tuple["subprocess.Popen[str]", str]:
+    command = (sys.executable, "-m", "sagellm_ir", "gateway", "start", "--port", "0")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        raise SystemExit("the gateway did not start: see `sagellm-ir gateway start`")
+    console.print(line)
+    return process, line.split()[-1].removesuffix("/v1")
+
+
+def run(also: Sequence[str]) -> None:
+    process, url = start_gateway()
+    try:
+        engines = [sagellm("llm", "engine", "start", MODEL, "--gateway", url) for _ in range(2)]
+        for engine in engines:
+            console.print(f"engine {engine['engine_id']} at {engine['url']}")
+        for server in also:
+            kind, _, place = server.partition("=")
+            words = (place, "--engine-kind", kind, "--gateway", url, "--model", MODEL)
+            console.print(f"engine {sagellm('llm', 'engine', 'attach', *words)['engine_id']}")
+        with UnifiedInferenceClient.create(url) as client:
+            console.rule("Questions about two documents", align="left")
+            ask_all(client, engines)
+            console.rule("The engine is killed in the middle of an answer", align="left")
+            kill_mid_answer(client, engines)
+            console.rule("What the gateway knows now", align="left")
+            for engine in client.engines():
+                console.print(f"  {engine['engine_id']}: {engine['state']}")
+    finally:
+        sagellm("llm", "engine", "stop", "--all")
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="KIND=URL",
+        help=f"a running server that serves {MODEL!r} with an OpenAI API; may be repeated",
+    )
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SAGELLM_STATE_DIR"] = folder  # engines of the user's own are left alone
+        run(chosen.also)
+
+
+if __name__ == "__main__":
+    main()

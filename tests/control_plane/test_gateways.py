@@ -349,9 +349,9 @@ def test_a_gateway_with_keys(monkeypatch: pytest.MonkeyPatch) -> None:
                 await Attachment(at.url, record).open()
             attachment = Attachment(at.url, record, api_key="secret")
             await attachment.open()
-            with UnifiedInferenceClient.create(at.url) as client:
-                with pytest.raises(SageIRError, match="401"):
-                    await asyncio.to_thread(client.generate, "x", MODEL)
+            refused = pytest.raises(SageIRError, match="401")
+            with UnifiedInferenceClient.create(at.url) as client, refused:
+                await asyncio.to_thread(client.generate, "x", MODEL)
             monkeypatch.setenv("SAGELLM_GATEWAY_KEY", "secret")
             with UnifiedInferenceClient.create(at.url) as client:
                 await asyncio.to_thread(client.generate, "x", MODEL)

@@ -5,8 +5,8 @@
 
 First correctness: random inputs, NaN around whatever must not be read, outputs and workspace
 poisoned. Only when all of it passes, time: CUDA graph replay with a cold L2, median. The table
-has every row, lost ones too. The JSON has the table, the rates of the device and the measured
-constants of the gate (`Gate(**report["gate"])`); a second run adds the rows that it lacks.
+has every row, lost ones too. The JSON has the table and the rates of the device, also those that
+`Gate` assumes; a second run adds the rows that it lacks.
 """
 
 import argparse
@@ -123,8 +123,8 @@ def peer(
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def measured_gate(timer: Timer, rates: Rates) -> Gate:
-    """The gate's constants on this device, by batches made to show one each."""
+def sharing_rates(timer: Timer) -> Rates:
+    """What `Gate` assumes besides `device_rates`, by batches made to show one each."""
     spec = AttentionSpec(32, 8, 128, 64)
 
     def time(batch: int, prefix: int, gate: Gate | None) -> float:
@@ -134,11 +134,11 @@ def measured_gate(timer: Timer, rates: Rates) -> Gate:
         return ours(timer, work, inputs, gate)[0]
 
     never = Gate(launch=1.0)
-    reread = 64 * 8192 * spec.token_bytes / time(64, 8192, never)
-    flops = 256 * 32768 * 4 * spec.heads * spec.head_dim / time(256, 32768, None)
-    launch = max(time(8, 64, None) - time(8, 64, never), 0.5e-6)
-    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-    return Gate(max(rates["bandwidth"], rates["read"]), reread, flops, launch, programs=sms)
+    return {
+        "reread": 64 * 8192 * spec.token_bytes / time(64, 8192, never),
+        "attend_flops": 256 * 32768 * 4 * spec.heads * spec.head_dim / time(256, 32768, None),
+        "launch": time(8, 64, None) - time(8, 64, never),
+    }
 
 
 def show(row: dict[str, Any]) -> str:
@@ -164,11 +164,10 @@ def table(options: argparse.Namespace, path: Path) -> None:
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     timer = Timer()
     if report.get("device") != torch.cuda.get_device_name():
-        rates = device_rates(timer)
+        rates = device_rates(timer) | sharing_rates(timer)
         report = {"device": torch.cuda.get_device_name(), "rates": rates, "rows": []}
-        report |= {"gate": asdict(measured_gate(timer, rates)), "torch": torch.__version__}
-        report["triton"] = triton.__version__
-    print(f"{report['device']}: {report['rates']}\n{report['gate']}\n{HEADER}")
+        report |= {"torch": torch.__version__, "triton": triton.__version__}
+    print(f"{report['device']}: {report['rates']}\n{HEADER}")
     done = {row["name"] for row in report["rows"]}
     works = [
         work
@@ -181,9 +180,8 @@ def table(options: argparse.Namespace, path: Path) -> None:
         if time.monotonic() - begun > 60 * options.minutes:
             print(f"{len(works) - number} rows left: run the same command again")
             return
-        gate = Gate(**report["gate"])
         try:
-            report["rows"].append(measure(timer, work, "cuda", gate, report["rates"]))
+            report["rows"].append(measure(timer, work, "cuda", Gate(), report["rates"]))
         except torch.OutOfMemoryError as error:
             print(f"{work.name}: {error}")
             continue

@@ -46,6 +46,8 @@ def lmdeploy(spec: AttentionSpec, batch: Batch) -> Work:
             return out
 
         return decode
+    if sum(batch.kv_lens) * spec.kv_heads * spec.head_dim >= 1 << 31:
+        raise Unsuitable("it counts the elements of the flat cache in 32 bits")
     q_lens = torch.tensor(batch.q_lens, dtype=torch.int32, device=device)
     q_starts, kv_starts = (_starts(x, device)[:-1] for x in (batch.q_lens, batch.kv_lens))
     size = -(-sum(batch.kv_lens) // spec.block_size) * spec.block_size + spec.block_size

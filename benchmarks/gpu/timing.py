@@ -11,7 +11,9 @@ __all__ = ["Timer", "device_rates"]
 Work = Callable[[], object]
 _LONGEST = 3e-3
 """Seconds that one replay of a graph may take."""
-_REPEATS = 7
+_REPEATS = 9
+_MOST = 10
+"""Calls in a graph."""
 
 
 class Timer:
@@ -23,7 +25,6 @@ class Timer:
     """
 
     def __init__(self) -> None:
-        self._cold = 0.0
         if torch.cuda.is_available():
             self._big = torch.ones(64 << 20, device="cuda")
             one = torch.ones(1, device="cuda")
@@ -32,9 +33,11 @@ class Timer:
                 self._flush()
                 one.zero_()
 
-            reads, empties = _graph(empty, 10), _graph(one.zero_, 100)
-            reads_time = statistics.median(_elapsed(reads) for _ in range(21)) / 10
-            self._cold = reads_time - statistics.median(_elapsed(empties) for _ in range(21)) / 100
+            self._reads, empties = _graph(empty, _MOST), _graph(one.zero_, 100)
+            begun = time.monotonic()
+            while time.monotonic() - begun < 1.5:  # Clocks rise.
+                _elapsed(self._reads)
+            self._empty = statistics.median(_elapsed(empties) for _ in range(21)) / 100
 
     def _flush(self) -> None:
         self._big.sum()
@@ -52,7 +55,7 @@ class Timer:
         work()
         torch.cuda.synchronize()
         once = _elapsed(work)
-        inside = max(1, min(10, int(_LONGEST / once)))
+        inside = max(1, min(_MOST, int(_LONGEST / once)))
 
         def flushed() -> None:
             self._flush()
@@ -60,7 +63,10 @@ class Timer:
 
         try:
             replay = _graph(flushed, inside)
-            samples = [_elapsed(replay) / inside - self._cold for _ in range(_REPEATS)]
+            samples = []
+            for _ in range(_REPEATS):  # In turns: clocks drift.
+                cold = _elapsed(self._reads) / _MOST
+                samples.append(_elapsed(replay) / inside - cold + self._empty)
             return statistics.median(samples), "graph"
         except RuntimeError:  # The work cannot be captured.
             torch.cuda.synchronize()

@@ -18,28 +18,30 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_RATES = {16: 0.3, 32: 0.45, 64: 0.78}
-"""Arithmetic of small tiles, as a share of what tiles of 128 rows do (64: measured on an H100)."""
+_RATES = {16: 0.24, 32: 0.36, 64: 0.78}
+"""Arithmetic of small tiles, as a share of what tiles of 128 rows do, measured on an H100."""
 
 
 @frozen
 class Gate:
     """A roofline of the two ways to read a node; the faster one is taken.
 
-    The rates are predictions for one H200. `benchmarks/gpu/attention.py` measures them: its JSON has
-    a `gate` with these fields, so that `Gate(**report["gate"])` is the measured one.
+    The defaults were measured on an H100. `benchmarks/gpu/attention.py` measures the rates of another
+    device: its JSON has them as `rates`.
     """
 
-    bandwidth: float = 4.3e12
+    bandwidth: float = 3.1e12
     """HBM, bytes/s."""
-    reread: float = 5.5e12
+    reread: float = 7.0e12
     """Pages that other programs read at about the same time, from L2, bytes/s."""
     flops: float = 4.6e14
     """Matrix arithmetic of packed tiles of 128 rows, padding included, FLOP/s."""
-    launch: float = 3.0e-6
-    """What the extra kernel costs a layer, seconds."""
+    launch: float = 9.0e-6
+    """What sharing costs a layer before anything is read: a kernel, a join, a merge; seconds."""
     node: float = 0.5e-6
     """What one more node costs: tiles that start and end, partials to merge, seconds."""
+    slot: float = 0.05e-6
+    """What one more piece of a node's keys costs in the merge, seconds."""
     programs: int = 132
     """SMs: a node with fewer tiles is cut along its keys to fill them."""
 
@@ -59,7 +61,8 @@ class Gate:
         together = self._read(spec, tiles, shared, tokens)
         cuts = max(1, min(ceil_div(tokens, 256), self.programs // (tiles * spec.kv_heads)))
         partials = 2 * cuts * queries * spec.heads * (spec.head_dim + 1) * 4
-        return apart - together - partials / self.bandwidth - self.node
+        merge = partials / self.bandwidth + cuts * self.slot
+        return apart - together - merge - self.node
 
     def tile_rows(self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""

@@ -8,7 +8,14 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile
-from sagellm_ir.runtime.accel.worklist import CHUNK, CHUNKS, CUT_COST, ITEM_FIELDS, item_cost
+from sagellm_ir.runtime.accel.worklist import (
+    CHUNK,
+    CHUNKS,
+    CUT_COST,
+    ITEM_FIELDS,
+    SLOT_COST,
+    item_cost,
+)
 
 __all__ = [
     "LOG2E",
@@ -188,7 +195,7 @@ def merge_constants(spec: AttentionSpec, *, shared: bool, early: bool) -> dict[s
         "D": spec.head_dim,
         "SHARED": shared,
         "SINKS": spec.sinks,
-        "SLOTS": 16,
+        "SLOTS": 32,
         "BD": 1 << (spec.head_dim - 1).bit_length(),
         "EARLY": early,
     }
@@ -208,7 +215,7 @@ def launch_merge(
         *(lists.partial, lists.lse, x.out, x.sinks, lists.merges, lists.where, lists.taken),
         *x.out.stride()[:2],
         **merge_constants(spec, shared=shared, early=early),
-        num_warps=2,
+        num_warps=4,
         launch_pdl=early,
     )
 
@@ -228,6 +235,7 @@ def schedule_constants(
         "CHUNKS": CHUNKS,
         "ITEM_COST": item_cost(tile),
         "CUT_COST": CUT_COST,
+        "SLOT_COST": SLOT_COST,
         "BATCH": 1 << (max_batch - 1).bit_length(),
     }
 

@@ -15,6 +15,7 @@ __all__ = [
     "CUT_COST",
     "ITEM_FIELDS",
     "ROW_FIELDS",
+    "SLOT_COST",
     "Limits",
     "SharedWork",
     "item_cost",
@@ -29,6 +30,8 @@ ITEM_COST = 64, 4
 """What starting and ending a work item costs, in keys: for any tile, and for each of its rows."""
 CUT_COST = 128
 """What it costs, in keys, to merge partials in a batch that would have none."""
+SLOT_COST = 4
+"""What it costs, in keys, to merge one more piece of the longest part."""
 ITEM_FIELDS = 8
 """Integers of a work item, see `kernels.common`."""
 ROW_FIELDS = 8
@@ -181,6 +184,7 @@ def _chunk(
     grid = limits.sms * tile.ctas
     work = float(lengths @ tiles * spec.kv_heads)
     cost = makespan(work, items * spec.kv_heads, sizes, grid, item_cost(tile))
+    cost += SLOT_COST * cuts.max(1)
     fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
     return int(sizes[np.where(fits, cost, np.inf).argmin()]) if fits.any() else None
 

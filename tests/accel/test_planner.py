@@ -111,12 +111,12 @@ def test_groups_of_a_plan_step() -> None:
 
 
 def test_a_node_that_does_not_pay_is_read_with_its_children() -> None:
-    """The root (one block) does not pay alone; with a child's 4096 tokens it does."""
-    groups = [SharedPrefix(0, 64, range(4)), SharedPrefix(64, 8192, (0, 1, 2))]
-    q_lens, kv_lens = ints(1, 1, 1, 1), ints(8200, 8300, 8400, 100)
+    """The root (one block) does not pay alone; with a child's tokens it does."""
+    groups = [SharedPrefix(0, 64, range(4)), SharedPrefix(64, 16384, (0, 1, 2))]
+    q_lens, kv_lens = ints(1, 1, 1, 1), ints(16400, 16500, 16600, 100)
     forest = plan_forest(LLAMA, groups, q_lens, kv_lens, Gate())
-    assert [(node.begin, node.end) for node in forest.nodes] == [(0, 8192)]
-    assert forest.private.tolist() == [8192, 8192, 8192, 0]
+    assert [(node.begin, node.end) for node in forest.nodes] == [(0, 16384)]
+    assert forest.private.tolist() == [16384, 16384, 16384, 0]
 
 
 def test_the_gate_knows_when_sharing_pays() -> None:

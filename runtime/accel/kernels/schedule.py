@@ -42,6 +42,7 @@ def schedule(
     CHUNKS: tl.constexpr,
     ITEM_COST: tl.constexpr,
     CUT_COST: tl.constexpr,
+    SLOT_COST: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Cut every sequence's private part into chunks and list them as work items.
@@ -78,7 +79,8 @@ def schedule(
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
-        cost = _makespan(work, items * KV_HEADS, size, GRID, ITEM_COST) + extra
+        cost = _makespan(work, items * KV_HEADS, size, GRID, ITEM_COST)
+        cost += extra + SLOT_COST * tl.max(cuts, 0)
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)
         chunk = tl.where(better, size, chunk)
         best = tl.where(better, cost, best)

@@ -1,10 +1,11 @@
 """`measure_profile`: scales for quantised KV, from the KV of prompts."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 
-from sagellm_ir.runtime.engines.embedded.attention import Part
+from sagellm_ir.runtime.engines.embedded.attention import Part, paged_attention
 from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
 from sagellm_ir.runtime.engines.embedded.pages import Pages
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
@@ -19,8 +20,9 @@ def forward_all(model: CausalLM, pages: Sequence[Pages], tokens: Sequence[int]) 
     index = torch.arange(len(tokens), device=model.device)
     whole = slice(0, len(tokens))
     part = Part(whole, fresh=whole, causal=True, first=True)
+    attend = partial(paged_attention, parts=(part,))
     ids = torch.tensor(tokens, device=model.device)
-    return model.forward(Batch(ids, index, index, (part,), index), pages)
+    return model.forward(Batch(ids, index, index, attend, index), pages)
 
 
 def measure_profile(

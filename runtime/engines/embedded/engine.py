@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import torch
 from attrs import evolve, frozen
@@ -10,14 +11,21 @@ from attrs import evolve, frozen
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVFree, KVMove, PlanRequest, PlanStep
 from sagellm_ir.request import Sampling
+from sagellm_ir.runtime.accel import AccelConfig
 from sagellm_ir.runtime.backend import (
     EngineStats,
     EngineView,
     PlanSource,
     TokenEvent,
 )
-from sagellm_ir.runtime.engines.embedded.attention import Row, SharedSpan, plan_parts
+from sagellm_ir.runtime.engines.embedded.attention import (
+    Row,
+    SharedSpan,
+    paged_attention,
+    plan_parts,
+)
 from sagellm_ir.runtime.engines.embedded.checks import check_profile, check_request, check_target
+from sagellm_ir.runtime.engines.embedded.kernels import Attend, kernel_attention
 from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.engines.embedded.sampling import draw
@@ -69,12 +77,14 @@ class EmbeddedEngine:
         *,
         stop_at_eos: bool = True,
         kv_schema: KVSchemaConfig = KVSchemaConfig(),
+        accel: AccelConfig = AccelConfig(),
     ) -> None:
         """
         Args:
             target: made with the model's spec, as `kv_schema.fit` gives it.
             stop_at_eos: False generates to the planned length, as benchmarks need.
             kv_schema: how KV is stored.
+            accel: which kernels attend on a GPU; see `kernel_attention`.
         """
         self.model = model
         self.target = target
@@ -91,6 +101,8 @@ class EmbeddedEngine:
             )
             for worker in target.workers
         }
+        pool = next(iter(self._workers.values())).pool
+        self._kernels = kernel_attention(accel, model.config, model.dtype, target, pool)
         self._sequences: dict[str, Sequence] = {}
         self._pending: list[TokenEvent] = []
         self._stats = EngineStats()
@@ -302,9 +314,15 @@ class EmbeddedEngine:
                 last.append(len(ids) - 1)
         ints = [torch.tensor(v, dtype=torch.int64) for v in (ids, positions, slots, last)]
         moved = [tensor.to(device) for tensor in ints]
-        pool_slots = worker.pool.capacity[DEVICE] * worker.pool.block_size
-        parts = plan_parts(rows, self._shared(step, work, rows), pool_slots, device)
-        return Batch(moved[0], moved[1], moved[2], parts, moved[3])
+        attend = self._attend(worker, rows, self._shared(step, work, rows))
+        return Batch(moved[0], moved[1], moved[2], attend, moved[3])
+
+    def _attend(self, worker: WorkerMemory, rows: list[Row], shared: list[SharedSpan]) -> Attend:
+        """Attention of a forward: by kernels where there are any, else in torch."""
+        if self._kernels and (attend := self._kernels.plan(rows, shared)):
+            return attend
+        slots = worker.pool.capacity[DEVICE] * worker.pool.block_size
+        return partial(paged_attention, parts=plan_parts(rows, shared, slots, self.model.device))
 
     def _shared(self, step: PlanStep, work: list[_Work], rows: list[Row]) -> list[SharedSpan]:
         """A step's prefix groups, by row; checked, since a wrong one reads another's KV."""

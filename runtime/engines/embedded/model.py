@@ -8,7 +8,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sagellm_ir.runtime.engines.embedded import ops
-from sagellm_ir.runtime.engines.embedded.attention import Part, paged_attention
+from sagellm_ir.runtime.engines.embedded.kernels import Attend
 from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
 from sagellm_ir.runtime.engines.embedded.pages import Pages
 from sagellm_ir.runtime.engines.embedded.tokenizer import ModelTokenizer
@@ -28,7 +28,8 @@ class Batch:
     """(tokens,)"""
     slots: Tensor
     """(tokens,) where each token's KV goes in the pool."""
-    parts: tuple[Part, ...]
+    attend: Attend
+    """Attention of these rows in any layer; their KV is in its pages."""
     last: Tensor
     """Indexes of the tokens whose logits are wanted; may be empty."""
 
@@ -137,7 +138,7 @@ class CausalLM:
         turned = ops.rotate(qkv[:, : heads + kv_heads], turn)
         query, key = turned[:, :heads], turned[:, heads:]
         key, value = pages.write(batch.slots, key, qkv[:, heads + kv_heads :])
-        return paged_attention(query, key, value, pages, batch.parts)
+        return batch.attend(query, key, value, pages)
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = self._normed(x, layer.mlp_norm)

@@ -1,7 +1,7 @@
 """A fleet behind one gateway: two sageLLM engines, and any vLLM or LMDeploy server you have.
 
     python examples/mixed_fleet.py
-    python examples/mixed_fleet.py --also vllm=http://127.0.0.1:8000
+    python examples/mixed_fleet.py --also vllm=http://gpu1.local:$PORT
 
 Requests of one document go to the engine that holds it. Then the engine that is answering is killed
 in the middle of a sentence, and the client reads on. SAGE's gateway is used where it is installed

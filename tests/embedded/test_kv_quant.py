@@ -13,8 +13,7 @@ from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep, PrefillChunk, PrefixGroup
 from sagellm_ir.runtime.engines import load_backend
 from sagellm_ir.runtime.engines.embedded import CausalLM, EmbeddedEngine, attention, random_model
-from sagellm_ir.runtime.engines.embedded.attention import Part
-from sagellm_ir.runtime.engines.embedded.model import Batch
+from sagellm_ir.runtime.engines.embedded.calibrate import forward_all
 from sagellm_ir.runtime.engines.embedded.pages import CodedPages, NativePages
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.kv_runtime.codec import CODECS
@@ -116,10 +115,7 @@ def oracle(model: CausalLM, tokens: Sequence[int], new: int, dtype: str) -> list
         size = len(known)
         schema = KVCacheSchema.of(model.spec, 1, dtype)
         pool = KVPool(schema, {"device": size}, model.dtype, model.device)
-        index = torch.arange(size)
-        part = Part(slice(0, size), fresh=slice(0, size), causal=True, first=True)
-        batch = Batch(torch.tensor(known), index, index, (part,), torch.tensor([size - 1]))
-        known.append(int(model.forward(batch, pool.layers).argmax()))
+        known.append(int(forward_all(model, pool.layers, known)[-1].argmax()))
     return known[len(tokens) :]
 
 
@@ -173,10 +169,7 @@ def test_quantisation_is_really_on(model: CausalLM, target: Target) -> None:
     for dtype in ("fp32", "fp8_e5m2"):
         schema = KVCacheSchema.of(model.spec, 1, dtype)
         pool = KVPool(schema, {"device": len(A)}, model.dtype, model.device)
-        index = torch.arange(len(A))
-        part = Part(slice(0, len(A)), fresh=slice(0, len(A)), causal=True, first=True)
-        batch = Batch(torch.tensor(A), index, index, (part,), index[-1:])
-        logits[dtype] = model.forward(batch, pool.layers)
+        logits[dtype] = forward_all(model, pool.layers, A)
     assert not torch.allclose(logits["fp32"], logits["fp8_e5m2"], atol=1e-3)
 
 

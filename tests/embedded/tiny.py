@@ -7,8 +7,7 @@ import torch
 from sagellm_ir.lowering.plan import Bind, PlanRequest, PlanStep, PrefillChunk
 from sagellm_ir.runtime.backend import TokenEvent
 from sagellm_ir.runtime.engines.embedded import CausalLM, EmbeddedEngine, ModelConfig
-from sagellm_ir.runtime.engines.embedded.attention import Part
-from sagellm_ir.runtime.engines.embedded.model import Batch
+from sagellm_ir.runtime.engines.embedded.calibrate import forward_all
 from sagellm_ir.runtime.engines.embedded.pages import NativePages
 
 BLOCK = 4
@@ -48,10 +47,7 @@ def oracle(model: CausalLM, tokens: Sequence[int], new: int) -> list[int]:
             NativePages(torch.zeros(2, config.kv_heads, size, config.head_dim))
             for _ in range(config.layers)
         ]
-        index = torch.arange(size)
-        part = Part(slice(0, size), fresh=slice(0, size), causal=True, first=True)
-        batch = Batch(torch.tensor(known), index, index, (part,), torch.tensor([size - 1]))
-        known.append(int(model.forward(batch, cache).argmax()))
+        known.append(int(forward_all(model, cache, known)[-1].argmax()))
     return known[len(tokens) :]
 
 

@@ -69,11 +69,11 @@ class KernelAttention:
         )
         groups = [SharedPrefix(span.start, span.stop, span.rows) for span in shared if span.rows]
         kernels.update(counts, lengths, groups)
-        size = kernels.spec.block_size
-        pages = -(-lengths // size)
-        table = np.zeros((len(rows), int(pages.max(initial=1))), np.int32)
+        spec, size = kernels.spec, kernels.spec.block_size
+        held = -(-lengths // size)
+        table = np.zeros((len(rows), int(held.max(initial=1))), np.int32)
         for at, row in enumerate(rows):
-            table[at, : pages[at]] = row.table.blocks[: pages[at]]
+            table[at, : held[at]] = row.table.blocks[: held[at]]
         tables = torch.from_numpy(table).to(kernels.device)
         kv_lens = torch.from_numpy(lengths).to(kernels.device)
         kernels.schedule(kv_lens)
@@ -81,7 +81,8 @@ class KernelAttention:
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: Pages) -> Tensor:
             assert isinstance(layer, NativePages)
             # [2, kv_heads, slots, head_dim] -> [2, blocks, block_size, kv_heads, head_dim]
-            k, v = layer.values.unflatten(2, (-1, size)).permute(0, 2, 3, 1, 4).unbind(0)
+            pages = layer.values.view(*layer.values.shape[:2], -1, size, spec.head_dim)
+            k, v = pages.permute(0, 2, 3, 1, 4).unbind(0)
             out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
             return kernels.run(query, k, v, tables, kv_lens, out).flatten(1)
 

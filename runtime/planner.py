@@ -11,7 +11,7 @@ but the newest token, whose KV was still to be computed anyway. KV that was lost
 spilled unfinished block) is recomputed by an ordinary prefill.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from attrs import evolve
 
@@ -93,13 +93,18 @@ class OnlinePlanner:
         """Steps of all plans given out."""
         self._frees: tuple[KVFree, ...] = ()
 
-    def submit(self, request: PlanRequest) -> None:
+    def submit(self, request: PlanRequest, tokens: Sequence[int] | None = None) -> None:
         """Make a request known; it is planned from the next step on. The engine must know it too.
+
+        Args:
+            request: what to plan.
+            tokens: its prompt, if it does not carry it; an array is the quickest.
 
         Raises:
             SageIRError: it has no tokens, or more than the target's pool, or its id is running.
         """
-        if request.tokens is None:
+        tokens = request.tokens if tokens is None else tokens
+        if tokens is None:
             raise _refused(request, "its token ids are missing")
         if request.id in self._jobs:
             raise _refused(request, "a request of this id is running")
@@ -108,7 +113,7 @@ class OnlinePlanner:
         need = request.prompt_len + request.max_new_tokens
         if need > room:
             raise _refused(request, f"it needs KV of {need} tokens, and the pool holds {room}")
-        self._contents.add(request, request.tokens)
+        self._contents.add(request, tokens)
         self._dirty = True
 
     def next_step(self, view: EngineView) -> PlanStep | None:

@@ -99,9 +99,8 @@ class OnlineSource:
             arrival=seq.arrive_time,
             adapter=seq.adapter_name,
             prompt_len=seen.prompt_len,
-            tokens=tuple(seq.all_ids[: seen.prompt_len].tolist()),
         )
         try:
-            self.planner.submit(request)
+            self.planner.submit(request, seq.all_ids[: seen.prompt_len])
         except SageIRError as error:
             logger.warning("not planned: %s", error)

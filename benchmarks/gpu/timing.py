@@ -27,7 +27,7 @@ class Timer:
     def __init__(self) -> None:
         if torch.cuda.is_available():
             self._big = torch.ones(64 << 20, device="cuda")
-            one = torch.ones(1, device="cuda")
+            one = self._one = torch.ones(1, device="cuda")
 
             def empty() -> None:
                 self._flush()

@@ -101,7 +101,7 @@ def build(
             request that is larger than the target's KV pool.
         ValueError: `block_ids` has another block size than the target.
     """
-    numbering = block_ids or BlockIds(target.block_size)
+    numbering = BlockIds(target.block_size) if block_ids is None else block_ids
     if numbering.block_size != target.block_size:
         raise ValueError(f"block_ids of {numbering.block_size} tokens, not {target.block_size}")
     front = _FrontEnd(target, numbering, tokenizer, locations or {})

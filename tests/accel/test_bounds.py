@@ -1,7 +1,6 @@
 """Every address that the kernels touch lies in a tensor they were given, on the grid of a real GPU."""
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class Bounds:
 
 
 @pytest.fixture
-def bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bounds]:
+def bounds(monkeypatch: pytest.MonkeyPatch) -> Bounds:
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     found = Bounds()
@@ -74,7 +73,7 @@ def bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bounds]:
         allocate(self, workspace)
 
     monkeypatch.setattr(PrefixAttention, "_allocate", of_a_gpu)
-    yield found
+    return found
 
 
 CASES: dict[str, tuple[AttentionSpec, list[int], list[int], list[SharedPrefix]]] = {

@@ -15,7 +15,7 @@ from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.runtime.running import run_plan
 from sagellm_ir.target import Device, Target, Tier
 
-__all__ = ["SelfTest", "self_test"]
+__all__ = ["SelfTest", "self_test", "tight_requests"]
 
 POLICIES = ("belady", "lru", "lfu", "fifo", "cost")
 SPILLS = ("always", "never")
@@ -49,7 +49,7 @@ def self_test(seed: int | None = None) -> Iterator[SelfTest]:
     """
     seed = random.randrange(2**31) if seed is None else seed
     engine, target = _make(seed)
-    requests = _tight_requests(random.Random(seed), target)
+    requests = tight_requests(random.Random(seed), target, range(VOCABULARY))
     expected = {request.id: _from_scratch(engine, target, request) for request in requests}
     pipelines = [
         *PRESETS,
@@ -99,21 +99,27 @@ def _make(seed: int) -> tuple[InferenceBackend, Target]:
     return EmbeddedEngine(model, target), target
 
 
-def _tight_requests(rng: random.Random, target: Target) -> list[Request]:
-    """Random requests that do not fit the pool: their plan has to move KV out of the way."""
+def tight_requests(rng: random.Random, target: Target, drawn: Sequence[int]) -> list[Request]:
+    """Random requests that do not fit the pool: their O2 plan has to move KV out of the way.
+
+    Args:
+        rng: what draws them.
+        target: with a pool for one large request, and a tier to move KV to.
+        drawn: the token ids that prompts are made of.
+    """
     for _ in range(100):
-        requests = _requests(rng, target)
+        requests = _requests(rng, target, drawn)
         if any(isinstance(a, KVMove) for s in _compile(requests, target, "O2").steps for a in s.kv):
             return requests
     raise AssertionError("a hundred draws of requests all fit the pool")
 
 
-def _requests(rng: random.Random, target: Target) -> list[Request]:
+def _requests(rng: random.Random, target: Target, drawn: Sequence[int]) -> list[Request]:
     """Twelve prompts out of three documents, a few of them equal but for the last tokens."""
     block = target.block_size
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCABULARY) for _ in range(count))
+        return tuple(rng.choice(drawn) for _ in range(count))
 
     documents = [tokens(rng.randint(4, 8) * block) for _ in range(3)]
     requests = []

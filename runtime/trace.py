@@ -8,6 +8,7 @@ that wrote it, and follows copies; so equal names are equal sharing, wherever th
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,6 +18,7 @@ from cattrs import BaseValidationError, Converter, transform_error
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.files import write_atomic
 from sagellm_ir.lowering.plan import KVMove
+from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.target import DEVICE
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "contents",
     "differences",
     "load_trace",
+    "recording",
 ]
 
 VERSION = 1
@@ -93,6 +96,27 @@ class Traced(Protocol):
     """An engine that can record what it runs."""
 
     trace: Trace | None
+
+
+@contextmanager
+def recording(engine: InferenceBackend, block_size: int, path: Path | None) -> Iterator[None]:
+    """Record what an engine runs meanwhile, and write it to a file; without one, do nothing.
+
+    Raises:
+        SageIRError: the engine keeps no trace, or the file cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    name = engine.capability.engine
+    if not isinstance(engine, Traced):
+        raise SageIRError(Diagnostic(f"engine {name!r} does not say what it runs: no --trace"))
+    engine.trace = Trace(name, block_size)
+    try:
+        yield
+        engine.trace.save(path)
+    finally:
+        engine.trace = None
 
 
 T = TypeVar("T")

@@ -45,20 +45,39 @@ def list_backends(as_json: shared.AsJson = False) -> None:
     )
 
 
-@shared.command(app, "test", example="backend test embedded")
+@shared.command(app, "test", example="backend test --all")
 def check_backend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An engine.")] = "embedded",
+    everything: Annotated[
+        bool, typer.Option("--all", help="One plan on every engine that is here, compared.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(metavar="NAME|FOLDER|FILE", help="With --all: the model.")
+    ] = "smollm2-135m",
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE=PATH", help="With --all: the interpreter that has an engine; repeated."
+        ),
+    ] = None,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Run random requests through every preset and eviction policy; compare with plain decoding."""
+    """Run random requests through every preset and eviction policy; compare with plain decoding.
+
+    With --all: one plan on every engine, each in a process of its own, in float32. Tokens, prefill chunks in
+    their order and shared blocks are compared with the embedded engine's.
+    """
+    if everything:
+        _all(model, dict(map(_pair, python or ())), as_json)
+        return
     find_backend(name).require()
-    if name == "simulator":
+    if name != "embedded":
         raise SageIRError(
-            Diagnostic("the simulator makes no real tokens to compare", help="test 'embedded'")
+            Diagnostic(f"engine {name!r} is tested beside others only", help="backend test --all")
         )
     from sagellm_ir.runtime.selftest import self_test
 
-    with shared.stderr().status(f"testing {name}"):
+    with shared.working(f"testing {name}"):
         results = list(self_test())
     if as_json:
         shared.emit_json([asdict(result) for result in results])
@@ -72,4 +91,40 @@ def check_backend(
             ),
         )
     if not all(result.equal for result in results):
+        raise typer.Exit(1)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    kind, equals, path = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--python: {text!r} is not ENGINE=PATH")
+    return kind, path
+
+
+def _all(model: str, pythons: dict[str, str], as_json: bool) -> None:
+    """One plan on every engine: the table, and what differs below it."""
+    from sagellm_ir.runtime.agreement import agreement
+
+    with shared.working("running one plan on every engine"):
+        results = list(agreement(model, pythons=pythons))
+    if as_json:
+        shared.emit_json([{**asdict(r), "agrees": r.agrees} for r in results])
+    else:
+        words = {True: "equal", False: "DIFFER", None: "-"}
+        shared.print_table(
+            f"One plan on {len(results)} engines",
+            ("engine", "forwards", "prefill chunks", "blocks moved", "tokens", "chunks, sharing"),
+            (
+                (r.engine, r.forwards, r.chunks, r.moved_blocks, words[r.tokens],
+                 "DIFFER" if r.differences else "equal")
+                for r in results
+            ),
+        )  # fmt: skip
+        for result in results:
+            for difference in result.differences:
+                shared.note(f"{result.engine}: {difference}")
+    for kind in BACKENDS:
+        if kind.missing and kind.name not in {result.engine for result in results}:
+            shared.note(f"{kind.name} is not here: {kind.install}, or --python {kind.name}=PATH")
+    if not all(result.agrees for result in results):
         raise typer.Exit(1)

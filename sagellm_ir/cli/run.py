@@ -1,7 +1,6 @@
 """`run`: compile requests and run them, or run a plan file."""
 
-from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,20 +16,17 @@ from sagellm_ir.cli.compiling import (
     compile_requests,
     read_requests,
 )
+from sagellm_ir.cli.run_engines import ENGINES, EngineChoice, MakeEngine, opened
 from sagellm_ir.cli.simulate import simulate
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
-from sagellm_ir.target import ModelSpec, Target
 
 if TYPE_CHECKING:
     from sagellm_ir.lowering.plan import ExecutionPlan
-    from sagellm_ir.runtime.backend import InferenceBackend, TokenEvent
+    from sagellm_ir.runtime.backend import TokenEvent
     from sagellm_ir.runtime.running import RunReport
 
 __all__ = ["add_to"]
-
-ENGINES = ("embedded", "simulator")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,48 +36,11 @@ def add_to(app: typer.Typer) -> None:
 
 @frozen
 class _Job:
-    """What to run, and what makes the engine for it."""
+    """What to run, what makes the engine for it, and where to write what the engine ran."""
 
     plan: "ExecutionPlan"
-    make: "Callable[[Target], InferenceBackend]"
-
-
-@frozen
-class _Engine:
-    """Which engine to make: the options that choose it."""
-
-    kind: str
-    model: str | None
-    dtype: str
-    kv_schema: str
-
-    def load(self, shape: ModelSpec) -> tuple[ModelSpec, "Callable[[Target], InferenceBackend]"]:
-        """The model's real shape, and what makes the engine for a target with it.
-
-        Args:
-            shape: the target's; its name is the model's unless the user names one.
-        """
-        from sagellm_ir.runtime.protocols import KVSchemaConfig
-
-        schema = KVSchemaConfig.parse(self.kv_schema)
-        if self.kind == "simulator":
-            from sagellm_ir.runtime.engines.simulator import SimulatorEngine
-
-            return schema.fit(shape, self.dtype), SimulatorEngine
-        try:
-            from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
-        except ImportError as error:
-            raise SageIRError(
-                Diagnostic(
-                    f"the embedded engine needs {error.name}",
-                    help="pip install 'sagellm-ir[embedded]', or run with --engine simulator",
-                )
-            ) from error
-        name = self.model or shape.name
-        with shared.working(f"loading {name}"):
-            loaded = load_model(name, self.dtype)
-        make = partial(EmbeddedEngine, loaded, kv_schema=schema)
-        return schema.fit(loaded.spec, loaded.dtype_name), make
+    make: MakeEngine
+    trace: Path | None
 
 
 def run(
@@ -109,6 +68,13 @@ def run(
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
     max_new: shared.MaxNew = 128,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Answers are as long as planned.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write what the engine ran, as JSON lines."),
+    ] = None,
     as_json: shared.AsJson = False,
     output: shared.Out = None,
 ) -> None:
@@ -116,9 +82,9 @@ def run(
     if sum(bool(source) for source in (request, prompt, plan)) != 1:
         raise typer.BadParameter("give one of --request, --prompt and --plan")
     shared.one_of("--engine", engine, ENGINES)
-    choice = _Engine(engine, model, dtype, kv_schema)
+    choice = EngineChoice(engine, model, dtype, kv_schema, ignore_eos)
     if plan is not None:
-        job = _load(plan, choice)
+        job = _load(plan, choice, trace)
     else:
         loaded = (
             Loaded(_questions(prompt, max_new))
@@ -130,9 +96,9 @@ def run(
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
         made = compilation.plan(compilation.run_passes(passes))
-        job = _Job(made, make)
+        job = _Job(made, make, trace)
     if engine == "simulator":
-        simulate(job.plan, as_json, output)
+        simulate(job.plan, as_json, output, trace)
         return
     report = _watch(job, quiet=as_json or output is not None)
     if as_json or output is not None:
@@ -147,7 +113,7 @@ def _questions(prompts: list[str], max_new: int) -> tuple[Request, ...]:
     )
 
 
-def _load(path: Path, choice: _Engine) -> _Job:
+def _load(path: Path, choice: EngineChoice, trace: Path | None) -> _Job:
     """A plan file, checked before anything runs."""
     from sagellm_ir.lowering.serial import load_plan
     from sagellm_ir.lowering.verify_plan import verify_plan
@@ -155,17 +121,21 @@ def _load(path: Path, choice: _Engine) -> _Job:
     made = load_plan(path)
     verify_plan(made)
     _, make = choice.load(made.target.model)
-    return _Job(made, make)
+    return _Job(made, make, trace)
 
 
 def _watch(job: _Job, quiet: bool) -> "RunReport":
     """Runs the plan with a progress bar; prints answers as they end, a single one as it grows."""
     from sagellm_ir.runtime.running import run_plan
+    from sagellm_ir.runtime.trace import recording
 
-    engine = job.make(job.plan.target)
     answers = _Answers(live=len(job.plan.requests) == 1, quiet=quiet)
     columns = (TextColumn("running"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=shared.stderr(), transient=True, disable=answers.live) as bar:
+    bar = Progress(*columns, console=shared.stderr(), transient=True, disable=answers.live)
+    with ExitStack() as stack:
+        engine = stack.enter_context(opened(job.make(job.plan.target)))
+        stack.enter_context(recording(engine, job.plan.target.block_size, job.trace))
+        stack.enter_context(bar)
         task = bar.add_task("tokens", total=sum(r.max_new_tokens for r in job.plan.requests))
 
         def on_token(event: "TokenEvent") -> None:

@@ -10,14 +10,16 @@ from sagellm_ir.cli import shared
 from sagellm_ir.lowering.plan import ExecutionPlan
 from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 from sagellm_ir.runtime.simulation import SimulationReport
+from sagellm_ir.runtime.trace import recording
 
 __all__ = ["simulate"]
 
 
-def simulate(plan: ExecutionPlan, as_json: bool, output: Path | None) -> None:
+def simulate(plan: ExecutionPlan, as_json: bool, output: Path | None, trace: Path | None) -> None:
     """Runs a plan on the simulator; prints when each request is answered, or all as JSON."""
-    with shared.working("simulating"):
-        report = SimulatorEngine(plan.target).execute(plan)
+    engine = SimulatorEngine(plan.target)
+    with shared.working("simulating"), recording(engine, plan.target.block_size, trace):
+        report = engine.execute(plan)
     if as_json or output is not None:
         shared.emit_json({"summary": _summary(report), **asdict(report)}, output)
         return

@@ -1,0 +1,94 @@
+"""Which engine `run` makes, from its options."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from attrs import frozen
+
+from sagellm_ir.cli import shared
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.engines import find_backend
+from sagellm_ir.target import ModelSpec, Target
+
+if TYPE_CHECKING:
+    from sagellm_ir.runtime.backend import InferenceBackend
+    from sagellm_ir.runtime.protocols import KVSchemaConfig
+
+__all__ = ["ENGINES", "EngineChoice", "MakeEngine", "opened"]
+
+ENGINES = ("embedded", "simulator", "vllm")
+MakeEngine: TypeAlias = "Callable[[Target], InferenceBackend]"
+
+
+@frozen
+class EngineChoice:
+    """Which engine to make: the options that choose it."""
+
+    kind: str
+    model: str | None
+    dtype: str
+    kv_schema: str
+    ignore_eos: bool = False
+
+    def load(self, shape: ModelSpec) -> tuple[ModelSpec, MakeEngine]:
+        """The model's real shape, and what makes the engine for a target with it.
+
+        Args:
+            shape: the target's; its name is the model's unless the user names one.
+
+        Raises:
+            SageIRError: the engine is not installed, or there is no such model.
+        """
+        from sagellm_ir.runtime.protocols import KVSchemaConfig
+
+        schema = KVSchemaConfig.parse(self.kv_schema)
+        if self.kind == "simulator":
+            from sagellm_ir.runtime.engines.simulator import SimulatorEngine
+
+            return schema.fit(shape, self.dtype), SimulatorEngine
+        find_backend(self.kind).require()
+        name = self.model or shape.name
+        with shared.working(f"loading {name}"):
+            return self._vllm(name, schema) if self.kind == "vllm" else self._embedded(name, schema)
+
+    def _embedded(self, name: str, schema: "KVSchemaConfig") -> tuple[ModelSpec, MakeEngine]:
+        from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
+
+        loaded = load_model(name, self.dtype)
+        make = partial(EmbeddedEngine, loaded, kv_schema=schema, stop_at_eos=not self.ignore_eos)
+        return schema.fit(loaded.spec, loaded.dtype_name), make
+
+    def _vllm(self, name: str, schema: "KVSchemaConfig") -> tuple[ModelSpec, MakeEngine]:
+        """vLLM itself is loaded when the target is known."""
+        from sagellm_ir.runtime.engines.embedded.load import DTYPES, open_model
+
+        if schema != type(schema)():
+            raise SageIRError(
+                Diagnostic("vLLM keeps KV in the model's type", help="leave out --kv-schema")
+            )
+        if self.dtype not in DTYPES:
+            raise SageIRError(Diagnostic(f"unknown dtype {self.dtype!r}"))
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers
+
+        def make(target: Target) -> "InferenceBackend":
+            from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
+            from sagellm_ir.runtime.engines.vllm.load import make_engine, model_folder
+
+            with model_folder(name, self.dtype) as folder:
+                engine = make_engine(folder, target, dtype=self.dtype)
+            return VLLMBackendAdapter(engine, stop_at_eos=not self.ignore_eos)
+
+        return open_model(name)[0].spec(DTYPES[self.dtype].itemsize), make
+
+
+@contextmanager
+def opened(engine: "InferenceBackend") -> "Iterator[InferenceBackend]":
+    """The engine; ended afterwards, if it is of a kind that has to be."""
+    if isinstance(engine, AbstractContextManager):
+        with engine:
+            yield engine
+    else:
+        yield engine

@@ -13,13 +13,18 @@ from sagellm_ir.text import print_graph
 __all__ = ["Diff", "graph_diff"]
 
 
-def graph_diff(before: IRGraph, after: IRGraph, label: str = "after", context: int = 1) -> str:
-    """A unified diff of two graphs; empty when they print the same.
+def graph_diff(
+    before: IRGraph,
+    after: IRGraph,
+    labels: tuple[str, str] = ("before", "after"),
+    context: int = 1,
+) -> str:
+    """A unified diff of two graphs, headed by the labels; empty when they print the same.
 
     Quadratic in the number of changed lines at worst: meant for graphs that a person looks at.
     """
     old, new = (print_graph(graph).splitlines() for graph in (before, after))
-    lines = difflib.unified_diff(old, new, "before", label, n=context, lineterm="")
+    lines = difflib.unified_diff(old, new, *labels, n=context, lineterm="")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -35,6 +40,6 @@ class Diff(Instrument):
     def after(self, run: PassRun) -> None:
         spec = print_pass(run.item)
         if run.changed:
-            self.write(graph_diff(run.graph, run.result, spec, self.context))
+            self.write(graph_diff(run.graph, run.result, ("before", spec), self.context))
         else:
             self.write(f"=== {spec}: unchanged\n")

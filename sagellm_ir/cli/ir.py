@@ -174,7 +174,7 @@ def diff(
     if left == right:
         shared.note("the graphs are equal")
         return
-    shared.emit(graph_diff(left, right, after))
+    shared.emit(graph_diff(left, right, (before, after)))
     counts = ", ".join(f"{kind} {delta:+d}" for kind, delta in op_delta(left, right).items())
     shared.note(f"nodes: {counts or 'the same number of each kind'}")
     if exit_code:

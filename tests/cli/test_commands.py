@@ -102,6 +102,7 @@ def test_opt_verify_and_diff(cli: Cli, tmp_path: Path) -> None:
     different = cli("ir", "diff", str(before), str(after), "--exit-code")
     assert different.code == 1
     assert "prefill +" in different.err
+    assert different.out.startswith(f"--- {before}\n+++ {after}\n")
 
 
 def test_no_rewrites_allowed(cli: Cli, tmp_path: Path) -> None:

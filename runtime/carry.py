@@ -1,6 +1,6 @@
 """`Contents`: what blocks hold from epoch to epoch of the online planner."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from hashlib import blake2b
 
 from attrs import field, frozen
@@ -37,6 +37,14 @@ class Carry:
     """Blocks that nobody needs any more, still held."""
     computed: dict[str, int] = field(factory=dict)
     """Tokens of each request whose KV is somewhere."""
+
+    def only(self, requests: Set[str]) -> "Carry":
+        """The same for fewer requests: live blocks of the others are freed."""
+        live = tuple(block for block in self.live if block.request in requests)
+        rest = tuple(sorted({b.block for b in self.live} - {b.block for b in live}))
+        frees = (*self.frees, KVFree(DEVICE, rest)) if rest else self.frees
+        computed = {name: count for name, count in self.computed.items() if name in requests}
+        return Carry(self.resident, live, frees, computed)
 
 
 class Contents:

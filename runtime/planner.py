@@ -11,6 +11,7 @@ but the newest token, whose KV was still to be computed anyway. KV that was lost
 spilled unfinished block) is recomputed by an ordinary prefill.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from attrs import evolve
@@ -29,6 +30,8 @@ from sagellm_ir.runtime.carry import Carry, Contents
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["OnlinePlanner", "PlanCursor"]
+
+logger = logging.getLogger(__name__)
 
 
 class PlanCursor:
@@ -161,13 +164,39 @@ class OnlinePlanner:
         return stale or (drained and any(name in known for name in self._jobs))
 
     def _new_epoch(self, view: EngineView) -> None:
-        """Compile what is not finished, from the state that the last epoch left."""
+        """Compile what is not finished, from the state that the last epoch left.
+
+        Requests that do not fit together (answers and cached blocks cannot be dropped, and the
+        lower tiers may be full of them) are planned by halves. Those left out wait for a later
+        epoch; of their KV they keep what the cache keeps, and the rest is computed again.
+        """
         carry = self._contents.carry(self._replay) if self._replay else Carry()
         seen = {request.id: request for request in _seen(view)}
         decls = self._decls(seen, carry)
         self._dirty = any(name not in seen for name in self._jobs)
-        self._frees = carry.frees
         self.epochs += 1
+        while True:
+            try:
+                self.plan = self._compile(decls, carry)
+                break
+            except SageIRError as error:
+                if len(decls) < 2:
+                    raise
+                logger.debug("epoch %d: %d requests: %s", self.epochs, len(decls), error)
+            decls = decls[: len(decls) // 2]
+            carry = carry.only({decl.id for decl in decls})
+        self._frees = carry.frees
+        self._replay = Replay(self.plan)
+        self._replay.header()
+        assert not self._replay.errors, self._replay.errors
+        self._position = 0
+
+    def _compile(self, decls: tuple[RequestDecl, ...], carry: Carry) -> ExecutionPlan:
+        """The plan of an epoch.
+
+        Raises:
+            SageIRError: the requests do not fit together: no tier has room for what must wait.
+        """
         graph = IRGraph(
             f"epoch{self.epochs}",
             self.target,
@@ -175,13 +204,7 @@ class OnlinePlanner:
             _nodes(decls, self.target),
             tuple(CachedBlocks(held.tier, blocks=held.ids) for held in carry.resident),
         )
-        self.plan = lower(
-            self._passes.run(graph), resident=carry.resident, live=carry.live, retain=True
-        )
-        self._replay = Replay(self.plan)
-        self._replay.header()
-        assert not self._replay.errors, self._replay.errors
-        self._position = 0
+        return lower(self._passes.run(graph), resident=carry.resident, live=carry.live, retain=True)
 
     def _decls(self, seen: dict[str, RequestView], carry: Carry) -> tuple[RequestDecl, ...]:
         """What is under way, all of it and first; then the first requests that wait."""

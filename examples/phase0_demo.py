@@ -1,0 +1,114 @@
+"""Phase 0, end to end: an engine registers with a gateway, is chatted with through it, and is timed.
+
+    python examples/phase0_demo.py
+    python examples/phase0_demo.py --model PATH --backend vllm
+
+The baseline is the same engine with the pipeline O0: continuous batching, nothing shared. Questions
+about one document are asked at the same time, first of one engine and then of the other; TTFT and
+TPOT are what the client sees through the gateway. SAGE's gateway is used where it is installed, else
+our own.
+"""
+
+import argparse
+import statistics
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from attrs import frozen
+from mixed_fleet import console, messages, sagellm, start_gateway
+
+from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
+
+DOCUMENT = " ".join(
+    f"Page {page}. On day {page} the keeper of the lighthouse wrote down the wind, the height of the "
+    f"waves and the names of {page + 2} ships, and lit the lamp at {page % 12 + 1} o'clock."
+    for page in range(12)
+)
+ASKED = (
+    "the wind",
+    "the waves",
+    "the ships",
+    "the lamp",
+    "the keeper",
+    "page 3",
+    "page 7",
+    "day 9",
+)
+
+
+@frozen
+class Timed:
+    """One answer, as its client saw it; seconds."""
+
+    text: str
+    pieces: int
+    first: float
+    whole: float
+
+    @property
+    def each(self) -> float:
+        """Time of each piece after the first. A piece is a token, unless the gateway joins some."""
+        return (self.whole - self.first) / max(1, self.pieces - 1)
+
+
+def ask(client: UnifiedInferenceClient, model: str, topic: str) -> Timed:
+    """One question about the document, streamed."""
+    began, first, pieces = time.perf_counter(), 0.0, []
+    question = messages(DOCUMENT, f"What does it say about {topic}?")
+    for piece in client.stream(question, model, max_tokens=24, temperature=0):
+        first = first or time.perf_counter() - began
+        pieces.append(piece)
+    return Timed("".join(pieces), len(pieces), first, time.perf_counter() - began)
+
+
+def measure(url: str, model: str, backend: str, pipeline: str) -> list[Timed]:
+    """Start an engine, let it register, chat through the gateway, and stop it."""
+    words = ("--backend", backend, "--pipeline", pipeline, "--gateway", url)
+    engine = sagellm("llm", "engine", "start", model, *words)
+    try:
+        with UnifiedInferenceClient.create(url) as client, ThreadPoolExecutor(len(ASKED)) as pool:
+            (name,) = client.models()
+            known = ", ".join(f"{e['engine_id']} ({e['state']})" for e in client.engines())
+            console.print(f"{pipeline}: the gateway knows {known}")
+            warm = client.chat([{"role": "user", "content": "Hi"}], name, max_tokens=4)
+            assert warm["choices"]
+            return list(pool.map(lambda topic: ask(client, name, topic), ASKED))
+    finally:
+        sagellm("llm", "engine", "stop", engine["engine_id"])
+
+
+def show(label: str, answers: list[Timed]) -> None:
+    first = statistics.fmean(a.first for a in answers)
+    each = statistics.fmean(a.each for a in answers)
+    whole = max(a.whole for a in answers)
+    console.print(
+        f"  {label:<9} TTFT {1e3 * first:7.0f} ms   TPOT {1e3 * each:6.1f} ms   all {whole:5.1f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a known name, a folder or a file")
+    parser.add_argument("--backend", default="embedded", help="see `sage infer backend list`")
+    options = parser.parse_args()
+    gateway, url = start_gateway()
+    try:
+        planned = measure(url, options.model, options.backend, "O2")
+        baseline = measure(url, options.model, options.backend, "O0")
+    finally:
+        gateway.terminate()
+        try:
+            gateway.wait(30)
+        except subprocess.TimeoutExpired:
+            gateway.kill()
+    console.rule(f"{len(ASKED)} questions at once about one document", align="left")
+    show("planned", planned)
+    show("baseline", baseline)
+    same = sum(a.text == b.text for a, b in zip(planned, baseline, strict=True))
+    console.print(f"  {same} of {len(ASKED)} answers are the same text")
+    console.print(f"  {planned[0].text!r}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
-"""A fleet behind one gateway: two sageLLM engines, and any vLLM or LMDeploy server you have.
+"""A fleet behind one gateway: two sageLLM engines, vLLM driven by plans, and any server you have.
 
     python examples/mixed_fleet.py
+    python examples/mixed_fleet.py --vllm build/vllm/0.32.0/bin/python
     python examples/mixed_fleet.py --also vllm=http://gpu1.local:$PORT
 
 Requests of one document go to the engine that holds it. Then the engine that is answering is killed
@@ -35,9 +36,9 @@ QUESTIONS = ("What is this text about?", "Name one number in it.", "Who is in it
 console = Console(highlight=False)
 
 
-def sagellm(*words: str) -> Any:
+def sagellm(*words: str, python: str = sys.executable) -> Any:
     """A command of ours, and its JSON."""
-    command = (sys.executable, "-m", "sagellm_ir", *words, "--json")
+    command = (python, "-m", "sagellm_ir", *words, "--json")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -90,10 +91,13 @@ def start_gateway() -> tuple["subprocess.Popen[str]", str]:
     return process, line.split()[-1].removesuffix("/v1")
 
 
-def run(also: Sequence[str]) -> None:
+def run(also: Sequence[str], vllm: str | None) -> None:
     process, url = start_gateway()
     try:
-        engines = [sagellm("llm", "engine", "start", MODEL, "--gateway", url) for _ in range(2)]
+        start = ("llm", "engine", "start", MODEL, "--gateway", url)
+        engines = [sagellm(*start) for _ in range(2)]
+        if vllm:
+            engines.append(sagellm(*start, "--backend", "vllm", python=vllm))
         for engine in engines:
             console.print(f"engine {engine['engine_id']} at {engine['url']}")
         for server in also:
@@ -123,10 +127,13 @@ def main() -> None:
         metavar="KIND=URL",
         help=f"a running server that serves {MODEL!r} with an OpenAI API; may be repeated",
     )
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="also an engine of vLLM, by the interpreter that has it"
+    )
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SAGELLM_STATE_DIR"] = folder  # engines of the user's own are left alone
-        run(chosen.also)
+        run(chosen.also, chosen.vllm)
 
 
 if __name__ == "__main__":

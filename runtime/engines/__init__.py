@@ -98,6 +98,13 @@ BACKENDS = (
         "vllm",
         "sagellm_ir.runtime.engines.vllm.load:load_vllm",
     ),
+    BackendKind(
+        "lmdeploy",
+        "LMDeploy v0.11.0 with patches/lmdeploy, on CUDA",
+        ("lmdeploy", "torch", "tokenizers", "safetensors", "jinja2"),
+        "lmdeploy",
+        "sagellm_ir.runtime.engines.lmdeploy.load:load_lmdeploy",
+    ),
 )
 
 

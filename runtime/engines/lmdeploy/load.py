@@ -1,0 +1,104 @@
+"""`load_lmdeploy`: a model in a patched LMDeploy that plans drive. Nothing is downloaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.engines import LoadedBackend
+from sagellm_ir.runtime.engines.embedded import load_tokenizer
+from sagellm_ir.runtime.engines.lmdeploy.patching import status
+from sagellm_ir.runtime.protocols import KVSchemaConfig
+from sagellm_ir.runtime.protocols.kv_native import lmdeploy_quant_policy
+from sagellm_ir.target import Target
+
+__all__ = ["engine_settings", "load_lmdeploy"]
+
+
+def load_lmdeploy(
+    model: str,
+    *,
+    dtype: str = "bfloat16",
+    target: str = "h100",
+    overrides: Mapping[str, Any] | None = None,
+    stop_at_eos: bool = True,
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    host_blocks: int = 0,
+) -> LoadedBackend:
+    """A model in LMDeploy's PyTorch engine, for `load_backend`.
+
+    Args:
+        model: a Hugging Face folder.
+        dtype: of weights and activations, by its torch name.
+        target: a preset or a YAML file: block size, budgets, tensor-parallel ranks, speeds. Its
+            model and its tiers are replaced by what LMDeploy makes of the memory there is.
+        overrides: fields of the target to change (see `load_target`).
+        stop_at_eos: end an answer at the model's end token; else at the planned length.
+        kv_schema: how KV is stored: in the model's type, or int8.
+        host_blocks: of the host tier, which LMDeploy allocates at once.
+
+    Raises:
+        SageIRError: LMDeploy is not the patched v0.11.0, there is no GPU, the model is no folder, or
+            the target cannot be run.
+    """
+    chosen = load_target(target, **(overrides or {}))
+    settings = engine_settings(chosen, dtype, kv_schema) | {"num_cpu_blocks": host_blocks}
+    _check(model)
+    from sagellm_ir.runtime.config import load_config
+    from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
+    from sagellm_ir.runtime.engines.lmdeploy.online import target_of
+    from sagellm_ir.runtime.engines.lmdeploy.plugin import prepare
+
+    prepare(load_config())
+    backend = LMDeployBackend.load(model, stop_at_eos=stop_at_eos, **settings)
+    fitted = target_of(backend.engine, chosen)
+    return LoadedBackend(backend, fitted, load_tokenizer(model), Path(model).name)
+
+
+def engine_settings(
+    target: Target, dtype: str, kv_schema: KVSchemaConfig = KVSchemaConfig()
+) -> dict[str, Any]:
+    """The fields of LMDeploy's `PytorchEngineConfig` that make it the engine of a target.
+
+    Raises:
+        SageIRError: LMDeploy cannot run such a target, or store KV like that.
+    """
+    if len(target.workers) != 1:
+        raise SageIRError(
+            Diagnostic(
+                f"LMDeploy cannot run target {target.name!r}: it has {len(target.workers)} workers, "
+                "and one engine is one worker",
+                help="set workers to 1, and tp to the GPUs of the engine",
+            )
+        )
+    return {
+        "dtype": dtype,
+        "tp": target.tp,
+        "block_size": target.block_size,
+        "max_batch_size": target.max_batch,
+        "max_prefill_token_num": target.max_tokens,
+        "prefill_interval": target.max_loops,
+        "quant_policy": lmdeploy_quant_policy(kv_schema, dtype),
+        "enable_prefix_caching": True,
+    }
+
+
+def _check(model: str) -> None:
+    """Raise `SageIRError` unless a patched LMDeploy can load this model here."""
+    import torch
+
+    found = status("installed")
+    if found.state != "patched":
+        raise SageIRError(
+            Diagnostic(
+                f"LMDeploy in {found.root} is not patched ({found.state})",
+                help="sage infer patches apply --target installed",
+            )
+        )
+    if not torch.cuda.is_available():
+        message = "LMDeploy's PyTorch engine needs a CUDA device, and there is none"
+        raise SageIRError(Diagnostic(message, help="use --backend embedded"))
+    if not Path(model).is_dir():
+        message = f"LMDeploy loads a Hugging Face folder, and {model!r} is none"
+        raise SageIRError(Diagnostic(message, help="name the folder with config.json in it"))

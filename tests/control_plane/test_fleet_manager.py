@@ -10,7 +10,7 @@ import pytest
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.runtime.control_plane.routing import Router
 from tests.control_plane.test_in_process import protocol_request
-from tests.control_plane.tiny_fleet import ask, expected, tiny_engine
+from tests.control_plane.tiny_fleet import ask, eventually, expected, tiny_engine
 
 pytestmark = pytest.mark.usefixtures("real_control_plane")
 
@@ -87,8 +87,11 @@ def test_an_engine_that_dies_mid_stream_loses_nothing() -> None:
                 assert text == end.content == expected(ask("x", prompt))
                 assert end.finish_reason == "length"
                 assert len(end.output_tokens) == 24
-            await asyncio.sleep(0.2)
-            assert manager.get_engine("a").state.value == "ERROR"
+
+            async def lost() -> bool:
+                return bool(manager.get_engine("a").state.value == "ERROR")
+
+            await eventually(lost)
             assert manager.get_engine("b").state.value == "READY"
             assert all(info.active_requests == 0 for info in manager.list_engines())
 

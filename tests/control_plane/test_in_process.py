@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.control_plane.tiny_fleet import MODEL, ask, chat, expected, tiny_engine
+from tests.control_plane.tiny_fleet import MODEL, ask, chat, eventually, expected, tiny_engine
 
 pytestmark = pytest.mark.usefixtures("real_control_plane")
 
@@ -118,12 +118,17 @@ def test_health_checks_of_a_started_control_plane_keep_it_ready() -> None:
             engine = tiny_engine("a")
             engine.start()
             registration = await register(manager, engine)
-            await asyncio.sleep(0.3)
-            assert registration.info.state.value == "READY"
-            assert registration.info.last_heartbeat is not None
+            info = registration.info
+
+            async def alive() -> bool:
+                return info.state.value == "READY" and info.last_heartbeat is not None
+
+            async def lost() -> bool:
+                return bool(info.state.value == "ERROR")
+
+            await eventually(alive)
             engine.stop()
-            await asyncio.sleep(0.3)
-            assert registration.info.state.value == "ERROR"
+            await eventually(lost)
             await registration.close()
             assert manager.get_engine("a") is None
 

@@ -16,7 +16,7 @@ from attrs import frozen
 from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
 from tests.control_plane.cable import Cable
 from tests.control_plane.test_in_process import protocol_request
-from tests.control_plane.tiny_fleet import MODEL, ask, expected, tiny_engine
+from tests.control_plane.tiny_fleet import MODEL, ask, eventually, expected, tiny_engine
 from tests.server.serving import serving
 
 pytestmark = pytest.mark.usefixtures("real_control_plane")
@@ -114,8 +114,11 @@ def test_engines_die_mid_stream_and_no_request_is_lost(lost: tuple[str, ...]) ->
                     await asyncio.to_thread(mixed.engines[name].stop)
             for prompt, answer in zip(PROMPTS, await asyncio.gather(*running), strict=True):
                 assert answer == (expected(ask("x", prompt)), "length")
-            await asyncio.sleep(0.4)
-            states = {info.engine_id: info.state.value for info in mixed.manager.list_engines()}
-            assert states == {name: "ERROR" if name in lost else "READY" for name in states}
+
+            async def only_lost_ones_are_out() -> bool:
+                states = {info.engine_id: info.state.value for info in mixed.manager.list_engines()}
+                return states == {name: "ERROR" if name in lost else "READY" for name in states}
+
+            await eventually(only_lost_ones_are_out)
 
     asyncio.run(run())

@@ -78,8 +78,7 @@ def test_an_engine_at_the_stock_gateway(stock: str) -> None:
             assert text == expected(chat("x", QUESTION))
             await client.close()
             await at.http.delete("/v1/management/engines/a")
-            await asyncio.sleep(0.3)
-            assert await at.engines() == {"a": "READY"}  # a heartbeat found it missing
+            await at.come_to(a="READY")  # a heartbeat found it missing
             await attachment.drain()
             assert await at.engines() == {}  # it knows no DRAINING from outside
             await attachment.close()

@@ -1,7 +1,9 @@
 """Engines of a tiny model that writes ASCII: one token a character, so text and tokens agree."""
 
+import asyncio
 import string
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from attrs import evolve
@@ -22,6 +24,14 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
+    """Wait until something is so: how long that takes depends on the machine."""
+    until = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < until, "it never came to be"
+        await asyncio.sleep(0.02)
 
 
 def tiny_tokenizer() -> ModelTokenizer:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 from attrs import frozen
+from numpy.typing import NDArray
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import TracePrompt
@@ -55,6 +56,11 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
     Raises:
         ValueError: a token is not in `[0, 2**32)`.
     """
+    return _chain(namespace.digest, _full_blocks(tokens, block_size), block_size)
+
+
+def _full_blocks(tokens: Sequence[int], block_size: int) -> NDArray[np.uint32]:
+    """The tokens of the full blocks, as they are hashed."""
     full = len(tokens) // block_size * block_size
     try:
         array = np.asarray(tokens[:full], dtype=np.int64)
@@ -62,15 +68,53 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
         array = np.array([-1])
     if full and (array.min() < 0 or array.max() >= 1 << 32):
         raise ValueError("token ids must be from 0 to 2**32 - 1")
-    data = memoryview(array.astype("<u4").tobytes())
+    return array.astype("<u4")
+
+
+def _chain(parent: bytes, tokens: NDArray[np.uint32], block_size: int) -> list[bytes]:
+    """The digests of the blocks that follow a parent."""
+    data = memoryview(tokens.tobytes())
     width = 4 * block_size
-    digests, parent = [], namespace.digest
+    digests = []
     for start in range(0, len(data), width):
         state = _hash(parent)
         state.update(data[start : start + width])
         parent = state.digest()
         digests.append(parent)
     return digests
+
+
+class _Lately:
+    """The last prompt of each of a few first blocks, so that a shared prefix is hashed once.
+
+    Comparing tokens is some hundred times as fast as hashing them.
+    """
+
+    MOST = 64
+    """First blocks to remember."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._prompts: dict[bytes, tuple[NDArray[np.uint32], list[bytes]]] = {}
+
+    def chain(self, tokens: NDArray[np.uint32], namespace: Namespace) -> list[bytes]:
+        """`chain_hashes` of full blocks."""
+        if not len(tokens):
+            return []
+        [first] = digests = _chain(namespace.digest, tokens[: self._size], self._size)
+        if (seen := self._prompts.pop(first, None)) is not None:
+            digests = seen[1][: self._common(tokens, seen[0])]
+        digests = digests + _chain(digests[-1], tokens[len(digests) * self._size :], self._size)
+        self._prompts[first] = tokens, digests
+        if len(self._prompts) > self.MOST:
+            del self._prompts[next(iter(self._prompts))]
+        return digests
+
+    def _common(self, a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
+        """How many leading blocks are equal."""
+        shorter = min(len(a), len(b))
+        differ = a[:shorter] != b[:shorter]
+        return int(differ.argmax() if differ.any() else shorter) // self._size
 
 
 class BlockIds:
@@ -84,6 +128,7 @@ class BlockIds:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._fresh = count()
+        self._lately = _Lately(block_size)
         self._digests: dict[bytes, int] = {}
         self._traces: dict[tuple[Namespace, int], dict[int, int]] = {}
 
@@ -110,7 +155,7 @@ class BlockIds:
         Raises:
             ValueError: a token is not in `[0, 2**32)`.
         """
-        digests = chain_hashes(tokens, self.block_size, namespace)
+        digests = self._lately.chain(_full_blocks(tokens, self.block_size), namespace)
         return self._number(self._digests, digests)
 
     def of_trace(self, prompt: TracePrompt, namespace: Namespace) -> tuple[int, ...]:

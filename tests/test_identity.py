@@ -35,6 +35,17 @@ def test_equal_ids_exactly_for_equal_prefixes_in_one_namespace(
 
 
 @QUICK
+@given(PROMPTS, st.integers(1, 5), st.lists(NAMESPACES, min_size=6, max_size=6))
+def test_what_was_hashed_lately_changes_no_identity(
+    prompts: list[list[int]], size: int, namespaces: list[Namespace]
+) -> None:
+    ids = BlockIds(size)
+    for prompt, namespace in zip(prompts, namespaces, strict=False):
+        digests = chain_hashes(prompt, size, namespace)
+        assert ids.of_tokens(prompt, namespace) == tuple(map(ids.of_digest, digests))
+
+
+@QUICK
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=64), st.integers(1, 9))
 def test_one_digest_for_each_full_block(tokens: list[int], size: int) -> None:
     digests = chain_hashes(tokens, size, HERE)

@@ -40,7 +40,11 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for this run")
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/random-qwen2.5-7b"))
-    parser.add_argument("--rows", default="", help="numbers, as 0-3,8; or CONFIG=ROWS;CONFIG=ROWS")
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="numbers, as 0x3,1-4,8: row 0 three times; or CONFIG=ROWS;CONFIG=ROWS",
+    )
     parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--minutes", type=float, default=20.0, help="stop after so long")
     parser.add_argument("--row-seconds", type=float, default=150.0, help="give a row up after")
@@ -50,14 +54,15 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows_of(text: str, config: str) -> list[int]:
-    """The rows that a configuration runs."""
+def rows_of(text: str, config: str) -> list[tuple[int, int]]:
+    """The rows that a configuration runs, and how often."""
     choice = dict(part.split("=") for part in text.split(";") if "=" in part)
     text = choice.get(config, "" if choice else text) or (CHEAP if config == "patched" else ROWS)
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        rows, _, times = part.partition("x")
+        first, _, last = rows.partition("-")
+        found += ((row, int(times or 1)) for row in range(int(first), int(last or first) + 1))
     return found
 
 

@@ -39,6 +39,8 @@ class Client:
         self._session = 0
         self.rng = np.random.default_rng()
         """Seeded by each row, so that a row is the same whatever ran before it."""
+        self.repetition = 0
+        """Of the row: each has prompts of its own, so that none is in the cache."""
 
     def ids(self, count: int) -> Ids:
         """Random token ids."""
@@ -114,9 +116,10 @@ class Row:
     prompts: Callable[[Client], Sequence[Ids]] | None = None
     """Of rows whose prompts are known beforehand, by name (0, 1, ...)."""
 
-    async def run(self, client: Client) -> Run:
+    async def run(self, client: Client, repetition: int = 0) -> Run:
         """Run it once."""
-        client.rng = np.random.default_rng(self.seed)
+        client.rng = np.random.default_rng((self.seed, repetition))
+        client.repetition = repetition
         work = self.make(client)
         began = time.perf_counter()
         answers = await work(client)
@@ -129,7 +132,8 @@ class Row:
         an eighth: four steps of bf16 at the size that the largest logits have here.
         """
         assert self.prompts is not None
-        client.rng = np.random.default_rng(self.seed)
+        client.rng = np.random.default_rng((self.seed, 0))
+        client.repetition = 0
         gaps: list[float] = []
         for at, prompt in enumerate(self.prompts(client)):
             pair = list(zip(mine[str(at)], other[str(at)], strict=False))
@@ -177,10 +181,11 @@ def _unshared(name: str, seed: int, new: int, pause: float = 0.0) -> Row:
 
 
 def _shared(name: str, seed: int, prefix: int, count: int, new: int = 128) -> Row:
-    """Requests of one prefix, the same for a length and count, and 128 tokens of their own."""
+    """Requests of one prefix, the same for a length, count and repetition, and 128 tokens of their own."""
 
     def prompts(client: Client) -> Sequence[Ids]:
-        start: Ids = np.random.default_rng((prefix, count)).integers(1000, 150_000, prefix).tolist()
+        rng = np.random.default_rng((prefix, count, client.repetition))
+        start: Ids = rng.integers(1000, 150_000, prefix).tolist()
         return [start + client.ids(128) for _ in range(count)]
 
     return _at_once(name, seed, prompts, new)

@@ -9,8 +9,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-from lmdeploy_rows import KERNELS_WARM_UP, ROWS, WARM_UP, Client
+from lmdeploy_rows import KERNELS_WARM_UP, ROWS, WARM_UP, Client, Row
 from ticks import Ticks
+
+Task = dict[str, Any]
 
 CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -21,7 +23,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def build(task: dict[str, Any]) -> Any:
+def build(task: Task) -> Any:
     """The engine: LMDeploy's on the model, or the tests' on a CPU."""
     if task["smoke"]:
         from tests.lmdeploy import cpu
@@ -38,7 +40,7 @@ def build(task: dict[str, Any]) -> Any:
     return Engine.from_pretrained(task["model"], config)
 
 
-async def work(task: dict[str, Any]) -> None:
+async def work(task: Task) -> None:
     began = time.perf_counter()
     engine = build(task)
     engine.start_loop()
@@ -56,23 +58,38 @@ async def work(task: dict[str, Any]) -> None:
             await row.run(client)
         await asyncio.sleep(0.2)
         say(file, {"row": "warm-up", "seconds": round(time.perf_counter() - warm, 1)})
-        for number in task["rows"]:
-            ticks.take()
-            driver = getattr(engine.scheduler, "plan_source", None)
-            try:
-                run = await asyncio.wait_for(ROWS[number].run(client), task["row_seconds"])
-            except (asyncio.TimeoutError, RuntimeError) as error:
-                say(file, {"row": ROWS[number].name, "failed": repr(error), **state(engine)})
+        for number, repetitions in task["rows"]:
+            if not await measure(engine, client, ticks, task, ROWS[number], repetitions, file):
                 return  # what is left in the engine would be in the next row's way
-            entry = {"row": ROWS[number].name, **run.figures(), **ticks.take()}
-            if driver is not None:
-                entry |= {"unplanned": driver.unplanned, "rejected": driver.rejected[-3:]}
-                entry["epochs"] = driver.source.planner.epochs
+
+
+async def measure(
+    engine: Any, client: Client, ticks: Ticks, task: Task, row: Row, repetitions: int, file: Any
+) -> bool:
+    """Run a row and say its figures: of the repetition with the median wall time. False: it failed."""
+    driver = getattr(engine.scheduler, "plan_source", None)
+    ticks.take()
+    entries: list[Task] = []
+    tokens: dict[str, list[int]] = {}
+    for repetition in range(repetitions):
+        try:
+            run = await asyncio.wait_for(row.run(client, repetition), task["row_seconds"])
+        except (asyncio.TimeoutError, RuntimeError) as error:
+            say(file, {"row": row.name, "failed": repr(error), **state(engine)})
+            return False
+        entries.append({"row": row.name, **run.figures(), **ticks.take()})
+        if repetition == 0:
             tokens = {answer.name: answer.tokens for answer in run.answers}
-            say(file, {**entry, "tokens": tokens})
-            if task["judge"] and ROWS[number].prompts is not None:
-                await judge(client, ROWS[number], tokens, task["judge"], file)
-            await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)
+    entries.sort(key=lambda entry: entry["wall_s"])
+    entry = entries[repetitions // 2] | {"walls_s": [each["wall_s"] for each in entries]}
+    if driver is not None:
+        entry |= {"unplanned": driver.unplanned, "rejected": driver.rejected[-3:]}
+        entry["epochs"] = driver.source.planner.epochs
+    say(file, {**entry, "tokens": tokens})
+    if task["judge"] and row.prompts is not None:
+        await judge(client, row, tokens, task["judge"], file)
+    return True
 
 
 async def judge(client: Client, row: Any, tokens: Any, others: list[str], file: Any) -> None:

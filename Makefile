@@ -47,7 +47,7 @@ build/control-plane/.ready: pyproject.toml $(VENV)/.ready
 	touch $@ || echo "SAGE's Control Plane cannot be had; its tests are skipped" >&2
 
 # vLLM pins what .venv cannot have, so each tested release has an environment of its own. Only uv knows overrides.
-VLLM_RELEASES := 0.27.0 0.32.0
+VLLM_RELEASES := 0.26.0 0.27.0 0.32.0
 build/vllm/.ready: $(VLLM_RELEASES:%=tests/vllm/requirements-%.txt) tests/vllm/overrides.txt pyproject.toml $(VENV)/.ready
 	@mkdir -p build/vllm && ( for release in $(VLLM_RELEASES); do \
 	    python=build/vllm/$$release/bin/python; \

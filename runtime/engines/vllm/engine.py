@@ -104,8 +104,8 @@ class VLLMBackendAdapter:
             max_tp=self.target.tp,
             prefix_groups=False,
             supports_stop_strings=not config.model_config.skip_tokenizer_init,
-            # 0.27.0 ignores seeds on a CPU in a batch that holds requests without one.
-            supports_seed=(device, check_version()) != ("cpu", "0.27.0"),
+            # These ignore seeds on a CPU in a batch that holds requests without one.
+            supports_seed=device != "cpu" or check_version() not in ("0.26.0", "0.27.0"),
             supports_logprobs=True,
         )
 

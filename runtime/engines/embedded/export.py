@@ -1,6 +1,9 @@
 """Write a model as a Hugging Face folder: what vLLM, LMDeploy and transformers load."""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from sagellm_ir.runtime.engines.embedded.load import DTYPES, open_model
 from sagellm_ir.runtime.engines.embedded.model_config import ModelConfig
 from sagellm_ir.runtime.engines.embedded.weights import is_rotated, tensor_shapes
 
-__all__ = ["export_folder", "half_split_order"]
+__all__ = ["export_folder", "half_split_order", "model_folder"]
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -45,6 +48,16 @@ def export_folder(name: str | Path, out: Path, dtype: str = "float32") -> Path:
         extra = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.tokens}
         _write(out / "tokenizer_config.json", extra | {"chat_template": tokenizer.template})
     return out
+
+
+@contextmanager
+def model_folder(model: str | Path, dtype: str) -> Iterator[Path]:
+    """A model as a Hugging Face folder; one made from a GGUF file is removed at the end."""
+    if Path(model).is_dir():
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield export_folder(model, Path(folder), dtype)
 
 
 def half_split_order(weight: Tensor, head_dim: int) -> Tensor:

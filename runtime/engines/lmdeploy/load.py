@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import load_tokenizer
+from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.lmdeploy.patching import status
 from sagellm_ir.runtime.protocols import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import lmdeploy_quant_policy
@@ -29,7 +32,7 @@ def load_lmdeploy(
     """A model in LMDeploy's PyTorch engine, for `load_backend`.
 
     Args:
-        model: a Hugging Face folder.
+        model: a Hugging Face folder, a `.gguf` file, or a packaged model's name.
         dtype: of weights and activations, by its torch name.
         target: a preset or a YAML file: block size, budgets, tensor-parallel ranks, speeds. Its
             model and its tiers are replaced by what LMDeploy makes of the memory there is.
@@ -39,21 +42,24 @@ def load_lmdeploy(
         host_blocks: of the host tier, which LMDeploy allocates at once.
 
     Raises:
-        SageIRError: LMDeploy is not the patched v0.11.0, there is no GPU, the model is no folder, or
+        SageIRError: LMDeploy is not the patched v0.11.0, there is no GPU, there is no such model, or
             the target cannot be run.
     """
     chosen = load_target(target, **(overrides or {}))
     settings = engine_settings(chosen, dtype, kv_schema) | {"num_cpu_blocks": host_blocks}
-    _check(model)
+    _check()
     from sagellm_ir.runtime.config import load_config
     from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
     from sagellm_ir.runtime.engines.lmdeploy.online import target_of
     from sagellm_ir.runtime.engines.lmdeploy.plugin import prepare
 
     prepare(load_config())
-    backend = LMDeployBackend.load(model, stop_at_eos=stop_at_eos, **settings)
+    with model_folder(model, dtype) as folder:
+        backend = LMDeployBackend.load(str(folder), stop_at_eos=stop_at_eos, **settings)
+    name = Path(model).name
     fitted = target_of(backend.engine, chosen)
-    return LoadedBackend(backend, fitted, load_tokenizer(model), Path(model).name)
+    fitted = evolve(fitted, model=evolve(fitted.model, name=name))
+    return LoadedBackend(backend, fitted, load_tokenizer(model), name)
 
 
 def engine_settings(
@@ -84,8 +90,8 @@ def engine_settings(
     }
 
 
-def _check(model: str) -> None:
-    """Raise `SageIRError` unless a patched LMDeploy can load this model here."""
+def _check() -> None:
+    """Raise `SageIRError` unless a patched LMDeploy can run here."""
     import torch
 
     found = status("installed")
@@ -99,6 +105,3 @@ def _check(model: str) -> None:
     if not torch.cuda.is_available():
         message = "LMDeploy's PyTorch engine needs a CUDA device, and there is none"
         raise SageIRError(Diagnostic(message, help="use --backend embedded"))
-    if not Path(model).is_dir():
-        message = f"LMDeploy loads a Hugging Face folder, and {model!r} is none"
-        raise SageIRError(Diagnostic(message, help="name the folder with config.json in it"))

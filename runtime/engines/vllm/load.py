@@ -1,7 +1,6 @@
 """`load_vllm`: a model in a vLLM engine that plans drive. Nothing is downloaded."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,13 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import load_tokenizer
-from sagellm_ir.runtime.engines.embedded.export import export_folder
+from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
 from sagellm_ir.runtime.engines.vllm.engine import BLOCK_MULTIPLES, VLLMBackendAdapter
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.target import DEVICE, Target
 
-__all__ = ["engine_settings", "load_vllm", "make_engine", "model_folder"]
+__all__ = ["engine_settings", "load_vllm", "make_engine"]
 
 SCHEDULER = "sagellm_ir.runtime.engines.vllm.scheduler.PlanScheduler"
 CONNECTOR = "sagellm_ir.runtime.engines.vllm.connector"
@@ -66,16 +65,6 @@ def load_vllm(
     spec = evolve(backend.target.model, name=model)
     fitted = evolve(chosen, engine="vllm", model=spec, workers=backend.target.workers)
     return LoadedBackend(backend, fitted, load_tokenizer(model), model)
-
-
-@contextmanager
-def model_folder(model: str | Path, dtype: str) -> Iterator[Path]:
-    """A model as a folder that vLLM loads; one made from a GGUF file is removed at the end."""
-    if Path(model).is_dir():
-        yield Path(model)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield export_folder(model, Path(folder), dtype)
 
 
 def make_engine(folder: Path, target: Target, *, dtype: str = "float32", **settings: Any) -> Any:

@@ -10,7 +10,7 @@ from sagellm_ir.graph import RequestDecl
 from sagellm_ir.lowering import lower
 from sagellm_ir.lowering.plan import PlanRequest
 from sagellm_ir.lowering.verify_plan import verify_plan
-from sagellm_ir.runtime import carry
+from sagellm_ir.runtime import requests
 from sagellm_ir.runtime.backend import EngineView, PlanSource
 from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
 from sagellm_ir.target import Target, Tier, Worker
@@ -94,8 +94,53 @@ def test_a_request_under_way_goes_on_without_recomputing() -> None:
     assert planner.epochs >= 2
     report = engine.report()
     assert [r.generated for r in report.requests] == [12, 3]
-    # Each epoch that finds `a` under way computes one token of it as a prompt's last.
-    assert report.prefill_tokens == 9 + 5 + (planner.epochs - 1)
+    assert report.prefill_tokens == 9 + 5
+
+
+def test_an_epoch_compiles_what_has_come() -> None:
+    document = [5] * 12
+    first = [(0, request(f"r{at}", [*document, at], 9)) for at in range(2)]
+    engine, planner = online([*first, (2, request("late", [*document, 7], 9))])
+    assert planner.epochs == 2
+    assert planner.plan is not None
+    assert [one.id for one in planner.plan.requests] == ["late"]
+    assert [len(held.ids) for held in planner.plan.resident] == [3]
+    assert engine.report().requests[2].computed_tokens == 1
+
+
+def test_requests_of_different_epochs_share_their_prefix_in_one_group() -> None:
+    document = [5] * 12
+    engine, planner = CheckedEngine(TARGET), OnlinePlanner(TARGET, PIPELINE)
+    step = None
+    for name in ("a", "b"):
+        new = request(name, [*document, ord(name)], 20)
+        engine.submit(new)
+        planner.submit(new)
+        for _ in range(2):
+            step = planner.next_step(engine.view())
+            assert step is not None
+            engine.step(step)
+    assert step is not None
+    assert [(g.start, g.stop, set(g.requests)) for g in step.groups] == [(0, 12, {"a", "b"})]
+
+
+def test_a_step_may_outlast_the_first_answer_to_end() -> None:
+    target = evolve(TARGET, mixed=False, max_loops=16)
+    loops = {}
+    for outlast in (False, True):
+        planner = OnlinePlanner(target, PIPELINE, outlast=outlast)
+        engine = CheckedEngine(target)
+        for name, new in (("a", 4), ("b", 12)):
+            engine.submit(request(name, [ord(name)] * 5, new))
+            planner.submit(request(name, [ord(name)] * 5, new))
+        steps = []
+        while (step := planner.next_step(engine.view())) is not None:
+            steps.append(step.loops)
+            if outlast and step.decode:
+                break  # This engine cannot: its tables end where answers do.
+            engine.step(step)
+        loops[outlast] = steps
+    assert loops == {False: [1, 3, 8, 0], True: [1, 11]}
 
 
 def test_an_early_end_makes_room() -> None:
@@ -103,7 +148,7 @@ def test_an_early_end_makes_room() -> None:
         [(0, request("a", [1] * 9, 60)), (0, request("b", [2] * 9, 40))], {"a": 3, "b": 5}
     )
     assert [r.generated for r in engine.report().requests] == [3, 5]
-    assert not planner.plan or len(planner.plan.requests) < 2
+    assert not planner._rows
 
 
 def test_an_answer_grows_beyond_what_was_reserved() -> None:
@@ -122,10 +167,10 @@ def test_a_later_request_hits_the_prompt_of_one_that_ended() -> None:
 
 
 def test_ids_of_blocks_that_nobody_has_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "_FEW", 16)
+    monkeypatch.setattr(requests, "_FEW", 16)
     traffic = [(3 * i, request(f"r{i}", [i // 2] * 17, 2)) for i in range(80)]
     engine, planner = online(traffic)
-    assert len(planner._contents._ids) < 80  # of 160 blocks seen; the pools hold 48
+    assert len(planner._requests._ids) < 80  # of 160 blocks seen; the pools hold 48
     # Every second request finds the four blocks of the one before it: none was forgotten too soon.
     assert [r.computed_tokens for r in engine.report().requests] == [17, 1] * 40
 

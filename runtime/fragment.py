@@ -1,0 +1,197 @@
+"""`Fragment`: the plan of what has arrived, in block numbers of its own, and its relocation.
+
+The passes see a small target: the cached blocks that the new requests hit, the space that is left,
+the seats that are left. What runs already is not in it. Like a linker, `relocate` replaces the
+fragment's block numbers by the engine's, step by step, as the steps are given out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from attrs import define, evolve, field, frozen
+
+from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
+from sagellm_ir.lowering import lower
+from sagellm_ir.lowering.plan import (
+    Bind,
+    ExecutionPlan,
+    KVFree,
+    KVMove,
+    LiveBlock,
+    PlanStep,
+    Resident,
+)
+from sagellm_ir.nodes import Decode, IRNode, Prefill
+from sagellm_ir.nodes.allreduce import collective
+from sagellm_ir.runtime.ledger import Ledger
+from sagellm_ir.target import DEVICE, Target
+
+__all__ = ["Fragment", "Held", "assemble"]
+
+
+@frozen
+class Held:
+    """The unfinished last block of a request that goes on."""
+
+    request: str
+    block: int
+    tokens: int
+    """Tokens of the request whose KV is there; with the full blocks before it."""
+
+
+@define(eq=False)
+class Fragment:
+    """A compiled plan that is being given out.
+
+    Its blocks stand for those of `ledger`; each that is known is held until `close`.
+    """
+
+    plan: ExecutionPlan
+    ledger: Ledger
+    decls: dict[str, RequestDecl]
+    _blocks: dict[tuple[str, int], int]
+    """By tier and the plan's number: the engine's block."""
+    position: int = 0
+    """Steps given out."""
+    begun: set[str] = field(factory=set)
+    """Requests whose prompts have ended."""
+
+    def __attrs_post_init__(self) -> None:
+        for (tier, _), block in self._blocks.items():
+            self.ledger[tier].hold((block,))
+
+    def next(self) -> PlanStep | None:
+        """The next step, in the plan's numbers; None where its first prefills end. What it would do
+        from there on is decided anew, when decodes have ended."""
+        steps = self.plan.steps
+        step = steps[self.position] if self.position < len(steps) else None
+        return step if step is not None and (step.prefill or not step.loops) else None
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        for (tier, _), block in self._blocks.items():
+            self.ledger[tier].drop((block,))
+        self._blocks.clear()
+
+    def fits(self, kv: Iterable[KVFree | KVMove], binds: Iterable[Bind]) -> bool:
+        """Whether there is room for a step's new blocks, once its frees are `forget`ed."""
+        fresh: dict[str, set[int]] = {}
+        for item in kv:
+            if isinstance(item, KVMove):
+                fresh.setdefault(item.to_tier, set()).update(item.dst)
+        for bind in binds:
+            fresh.setdefault(DEVICE, set()).update(bind.blocks)
+        return all(
+            sum((tier, number) not in self._blocks for number in numbers) <= self.ledger[tier].room
+            for tier, numbers in fresh.items()
+        )
+
+    def forget(self, kv: Iterable[KVFree | KVMove]) -> None:
+        """Let go of what a step frees; whether the engine frees it is for the ledger to say."""
+        for item in kv:
+            if isinstance(item, KVFree):
+                for number in item.blocks:
+                    block = self._blocks.pop((item.tier, number), None)
+                    if block is not None:
+                        self.ledger[item.tier].drop((block,))
+
+    def moves(self, kv: Iterable[KVFree | KVMove]) -> list[KVMove]:
+        """A step's moves, between the engine's blocks."""
+        moved = []
+        for item in kv:
+            if isinstance(item, KVMove):
+                src = tuple(self._blocks[item.from_tier, number] for number in item.src)
+                dst = self.blocks(item.to_tier, item.dst)
+                moved.append(evolve(item, src=src, dst=dst))
+                self._copy(item, src, dst)
+        return moved
+
+    def _copy(self, move: KVMove, src: Sequence[int], dst: Sequence[int]) -> None:
+        origin, target = self.ledger[move.from_tier], self.ledger[move.to_tier]
+        for old, new in zip(src, dst, strict=True):
+            content = origin.content_of.get(old)
+            if content is not None:
+                target.write(new, content)
+
+    def blocks(self, tier: str, numbers: Sequence[int]) -> tuple[int, ...]:
+        """The engine's blocks of some of the plan's; new ones for those that have none yet."""
+        known = self._blocks
+        fresh = [number for number in dict.fromkeys(numbers) if (tier, number) not in known]
+        if fresh:
+            taken = self.ledger[tier].take(len(fresh))
+            known.update(zip([(tier, number) for number in fresh], taken, strict=True))
+        return tuple([known[tier, number] for number in numbers])
+
+
+def assemble(
+    name: str,
+    target: Target,
+    decls: Sequence[RequestDecl],
+    held: Sequence[Held],
+    ledger: Ledger,
+    compiler: Callable[[IRGraph], IRGraph],
+) -> Fragment:
+    """Compile requests for the space that a ledger has left.
+
+    Args:
+        name: of the graph.
+        target: with the seats and tokens that are left; the capacities of its tiers do not count.
+        decls: the requests.
+        held: unfinished blocks of those that go on.
+        ledger: what the tiers hold; the fragment holds what it uses of it, until it is closed.
+        compiler: the passes.
+
+    Raises:
+        SageIRError: the requests do not fit together.
+    """
+    hits = _hits(decls, ledger, target.block_size)
+    resident, blocks, tiers = [], dict[tuple[str, int], int](), []
+    live = tuple(
+        LiveBlock(item.request, len(hits[DEVICE]) + at, item.tokens) for at, item in enumerate(held)
+    )
+    for tier in target.tiers:
+        shelf, found = ledger[tier.name], hits[tier.name]
+        if found:
+            ids = tuple(found)
+            resident.append(Resident(tier.name, ids, tuple(range(len(ids)))))
+            for number, content in enumerate(ids):
+                blocks[tier.name, number] = shelf.block_of[content]
+        held_too = len(found) - sum(map(shelf.idle, found))
+        lives = len(live) if tier.name == DEVICE else 0
+        tiers.append(evolve(tier, blocks=shelf.room + held_too + lives))
+    blocks.update({(DEVICE, it.block): own.block for it, own in zip(live, held, strict=True)})
+    small = evolve(target, tiers=tuple(tiers))
+    cache = tuple(CachedBlocks(item.tier, blocks=item.ids) for item in resident)
+    graph = compiler(IRGraph(name, small, tuple(decls), _nodes(decls, small), cache))
+    plan = lower(graph, resident=resident, live=live, retain=True)
+    return Fragment(plan, ledger, {decl.id: decl for decl in decls}, blocks)
+
+
+def _hits(
+    decls: Iterable[RequestDecl], ledger: Ledger, block_size: int
+) -> Mapping[str, dict[int, None]]:
+    """By tier: content that the requests' prompts start with; not what holds a last token."""
+    hits: dict[str, dict[int, None]] = {tier: {} for tier in ledger}
+    shelves = [(shelf.block_of, hits[tier]) for tier, shelf in ledger.items()]
+    for decl in decls:
+        for content in decl.blocks[: (decl.prompt_len - 1) // block_size]:
+            here = [found for block_of, found in shelves if content in block_of]
+            if not here:
+                break
+            for found in here:
+                found[content] = None
+    return hits
+
+
+def _nodes(decls: Iterable[RequestDecl], target: Target) -> tuple[IRNode, ...]:
+    """A prefill and a decode for each request."""
+    nodes: list[IRNode] = []
+    for number, decl in enumerate(decls):
+        prefill, decode = f"q{number}.p", f"q{number}.d"
+        made = (
+            Prefill(prefill, decl.id, 0, decl.prompt_len),
+            Decode(decode, decl.id, decl.prompt_len, decl.stop, operands=(prefill,)),
+        )
+        nodes += made
+        if target.tp > 1:
+            nodes += [collective(node, target, f"{node.name}.sum") for node in made]
+    return tuple(nodes)

@@ -1,0 +1,114 @@
+"""`Ledger`: what every block of an engine holds, from epoch to epoch of the online planner.
+
+A change costs what it touches, whatever else the tiers hold.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from sagellm_ir.lowering.allocator import BlockPool
+from sagellm_ir.lowering.plan import KVFree
+from sagellm_ir.target import Target
+
+__all__ = ["Ledger", "Shelf"]
+
+
+class Shelf:
+    """One tier. A block is free, held (by tables, or by the plan in force), or cached: nobody holds
+    it, and it holds known content. Cached blocks give way when space is needed, least recently
+    used first.
+
+    Args:
+        blocks: the tier's capacity.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._pool = BlockPool(blocks)
+        self.block_of: dict[int, int] = {}
+        """By content id: the block that holds it, held or cached."""
+        self.content_of: dict[int, int] = {}
+        self._holders: dict[int, int] = {}
+        self._idle: dict[int, None] = {}
+        """Cached content, least recently used first."""
+        self.freed: list[int] = []
+        """Blocks given back since the engine was told last."""
+
+    @property
+    def room(self) -> int:
+        """Blocks that can be had."""
+        return self._pool.free_blocks + len(self._idle)
+
+    def take(self, count: int) -> tuple[int, ...]:
+        """Blocks for new content, held once. The caller has looked at `room`."""
+        short = count - self._pool.free_blocks
+        for content in list(islice(self._idle, max(short, 0))):
+            del self._idle[content]
+            block = self.block_of.pop(content)
+            del self.content_of[block]
+            self._free(block)
+        taken = self._pool.take(count)
+        assert taken is not None, f"{count} blocks wanted, {self._pool.free_blocks} are free"
+        self._holders.update(dict.fromkeys(taken, 1))
+        return taken
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Hold blocks once more, or cached ones for the first time."""
+        for block in blocks:
+            count = self._holders.get(block, 0)
+            if not count:
+                del self._idle[self.content_of[block]]
+            self._holders[block] = count + 1
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Undo one `hold` or `take` of each; of a chain, what comes last gives way first."""
+        for block in reversed(blocks):
+            count = self._holders[block] - 1
+            if count:
+                self._holders[block] = count
+                continue
+            del self._holders[block]
+            content = self.content_of.get(block)
+            if content is None:
+                self._free(block)
+            else:
+                self._idle[content] = None
+
+    def write(self, block: int, content: int) -> None:
+        """A held block holds this content now. Of two blocks with equal content one is known."""
+        if content not in self.block_of and block not in self.content_of:
+            self.block_of[content] = block
+            self.content_of[block] = content
+
+    def forget(self, contents: Iterable[int]) -> None:
+        """Content that nobody can ask for again."""
+        for content in contents:
+            block = self.block_of.pop(content, None)
+            if block is not None:
+                del self.content_of[block]
+                if content in self._idle:
+                    del self._idle[content]
+                    self._free(block)
+
+    def idle(self, content: int) -> bool:
+        """Whether content is cached and nobody holds it."""
+        return content in self._idle
+
+    def _free(self, block: int) -> None:
+        self._pool.free((block,))
+        self.freed.append(block)
+
+
+class Ledger(dict[str, Shelf]):
+    """The shelf of each tier of one worker."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__((tier.name, Shelf(tier.blocks)) for tier in target.tiers)
+
+    def take_frees(self) -> tuple[KVFree, ...]:
+        """What was given back since the last call, for the engine."""
+        frees = []
+        for tier, shelf in self.items():
+            if shelf.freed:
+                frees.append(KVFree(tier, tuple(shelf.freed)))
+                shelf.freed.clear()
+        return tuple(frees)

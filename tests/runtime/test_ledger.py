@@ -1,0 +1,45 @@
+"""What blocks hold: cached content gives way last used first, held content never."""
+
+from sagellm_ir.lowering.plan import KVFree
+from sagellm_ir.runtime.ledger import Ledger, Shelf
+from sagellm_ir.target import Target, Tier
+
+
+def test_cached_blocks_give_way_least_recently_used_first() -> None:
+    shelf = Shelf(4)
+    first, second = shelf.take(2), shelf.take(2)
+    for block, content in zip((*first, *second), (10, 11, 20, 21), strict=True):
+        shelf.write(block, content)
+    shelf.drop(first)
+    shelf.drop(second)
+    assert shelf.room == 4
+    shelf.hold([shelf.block_of[10]])  # used again
+    assert shelf.room == 3
+    assert shelf.take(1) == (first[1],)  # of a chain, the far end
+    assert shelf.take(1) == (second[1],)
+    assert shelf.block_of == {10: first[0], 20: second[0]}
+    assert shelf.freed == [first[1], second[1]]
+
+
+def test_of_equal_content_one_block_is_known() -> None:
+    shelf = Shelf(2)
+    one, two = shelf.take(2)
+    shelf.write(one, 7)
+    shelf.write(two, 7)
+    shelf.drop((two,))
+    assert (shelf.room, shelf.freed) == (1, [two])
+    shelf.drop((one,))
+    assert (shelf.room, shelf.idle(7)) == (2, True)
+    shelf.forget([7, 8])
+    assert shelf.freed == [two, one]
+
+
+def test_a_block_is_free_when_nobody_holds_it() -> None:
+    ledger = Ledger(Target(tiers=(Tier("device", 3), Tier("host", 3))))
+    held = ledger["host"].take(2)
+    ledger["host"].hold(held)
+    ledger["host"].drop(held)
+    assert ledger.take_frees() == ()
+    ledger["host"].drop(held)
+    assert ledger.take_frees() == (KVFree("host", held[::-1]),)
+    assert ledger.take_frees() == ()

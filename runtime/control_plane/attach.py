@@ -14,6 +14,7 @@ other way to send it no more requests.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ TIMEOUT = 10.0
 DUPLICATE = 400
 GONE = 404
 NO_SUCH_METHOD = 405
+
+logger = logging.getLogger(__name__)
 
 
 @frozen
@@ -109,6 +112,7 @@ class Attachment:
         )
         self._beat: asyncio.Task[None] | None = None
         self._patches = True
+        """Whether the gateway has the route for reports, as far as is known."""
 
     async def open(self, *, patient: bool = False) -> None:
         """Register the engine, which is ready, and begin the heartbeat.
@@ -136,7 +140,7 @@ class Attachment:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._beat
         with contextlib.suppress(SageIRError):
-            if not await self._patch():
+            if await self._patch() is not None:
                 await self._delete()
 
     async def close(self) -> None:
@@ -156,19 +160,38 @@ class Attachment:
             httpx.delete(url, headers=self._headers, timeout=TIMEOUT)
 
     async def beat(self) -> None:
-        """One heartbeat: figures and state to the gateway; registers anew if it forgot us."""
-        if await self._patch():
+        """One heartbeat: figures and state to the gateway; registers anew if it forgot us.
+
+        Raises:
+            SageIRError: the gateway cannot be reached, or does not take them.
+        """
+        refusal = await self._patch()
+        if refusal is None:
             return
         known = await self._send("GET", f"{ENGINES}/{self.record.engine_id}")
         if known.status_code == GONE and self.state == "READY":
             await self._register()
+        elif self._patches or known.is_error:
+            message = f"the gateway at {self._gateway} did not take a heartbeat of engine"
+            raise SageIRError(Diagnostic(f"{message} {self.record.engine_id!r}: {refusal}"))
 
     async def _keep(self) -> None:
+        """Heartbeats until it is cancelled, whatever becomes of one: the next may go well."""
+        trouble = ""
         while True:
             await asyncio.sleep(self._interval)
-            # A gateway that is down for a while is met again at a later beat.
-            with contextlib.suppress(SageIRError):
+            before, trouble = trouble, ""
+            try:
                 await self.beat()
+            except SageIRError as error:
+                trouble = error.diagnostics[0].message
+                if trouble != before:  # said once, not at every beat
+                    logger.warning("%s", trouble)
+            except Exception:
+                logger.exception("a heartbeat of engine %s failed", self.record.engine_id)
+            else:
+                if before:
+                    logger.warning("the gateway at %s takes heartbeats again", self._gateway)
 
     async def _register(self) -> None:
         record, body = self.record, _registration(self.record, verified=True)
@@ -184,6 +207,7 @@ class Attachment:
                     f"{reply.status_code} {reply.text[:200]}"
                 )
             )
+        self._patches = True  # it may be another gateway than before
 
     async def _known_here(self) -> bool:
         """Whether the gateway has an engine of this id at this engine's own address."""
@@ -193,14 +217,14 @@ class Attachment:
         found = known.json()
         return (found.get("host"), found.get("port")) == (self.record.host, self.record.port)
 
-    async def _patch(self) -> bool:
-        """Whether the gateway took the state and figures."""
+    async def _patch(self) -> str | None:
+        """Tell the gateway state and figures; why it did not take them, or None."""
         if not self._patches:
-            return False
+            return "it takes none"
         body = {"state": self.state, **asdict(self._figures())}
         reply = await self._send("PATCH", f"{ENGINES}/{self.record.engine_id}", body)
         self._patches = reply.status_code != NO_SUCH_METHOD
-        return reply.is_success
+        return None if reply.is_success else f"{reply.status_code} {reply.text[:200]}"
 
     async def _delete(self) -> None:
         await self._send("DELETE", f"{ENGINES}/{self.record.engine_id}")

@@ -18,7 +18,7 @@ from sagellm_ir.runtime.control_plane.attach import EngineRecord, Figures
 from sagellm_ir.runtime.control_plane.failover import relay
 from sagellm_ir.runtime.control_plane.member import EngineLost, Member, Piece, SoFar
 from sagellm_ir.runtime.control_plane.prefixes import prompt_blocks
-from sagellm_ir.runtime.control_plane.remote import RemoteEngine
+from sagellm_ir.runtime.control_plane.remote import RemoteEngine, engine_url
 from sagellm_ir.runtime.control_plane.routing import Need, Router
 
 __all__ = ["REPORTED", "Fleet", "Place"]
@@ -105,12 +105,12 @@ class Fleet:
         """Take an engine in. It is READY when its record says that it was seen healthy.
 
         Raises:
-            SageIRError: an engine of this id is here.
+            SageIRError: an engine of this id is here, or its host is none.
         """
         if record.engine_id in self.places:
             raise SageIRError(Diagnostic(f"Engine {record.engine_id} already registered"))
-        host = f"[{record.host}]" if ":" in record.host else record.host
-        member = RemoteEngine(record.engine_id, f"http://{host}:{record.port}", record.model)
+        url = engine_url(record.host, record.port)
+        member = RemoteEngine(record.engine_id, url, record.model)
         place = Place(record, member, metadata=dict(record.metadata))
         place.state = READY if record.metadata.get("pre_verified_healthy") else STARTING
         self.places[record.engine_id] = place

@@ -11,8 +11,10 @@ from sagellm_ir.diagnostics import SageIRError, suggest
 from sagellm_ir.runtime.control_plane.attach import ENGINES, EngineRecord, Figures
 from sagellm_ir.runtime.control_plane.fleet import REPORTED, Fleet
 
-__all__ = ["add_management", "add_reports"]
+__all__ = ["REPORTS", "add_management", "add_reports"]
 
+REPORTS = "sagellm_reports"
+"""The name of the route that takes engines' reports."""
 MOST_BYTES = 1 << 20
 """Of a body."""
 
@@ -28,7 +30,7 @@ class Reported(Protocol):
 def add_reports(app: FastAPI, fleet: Reported) -> None:
     """`PATCH /v1/management/engines/{id}`: an engine's state and load."""
 
-    @app.patch(ENGINES + "/{engine_id}")
+    @app.patch(ENGINES + "/{engine_id}", name=REPORTS)
     async def report(engine_id: str, http: HttpRequest) -> dict[str, str]:
         body = await _object(http)
         if (state := body.get("state")) not in REPORTED:

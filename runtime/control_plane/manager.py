@@ -32,7 +32,7 @@ from sagellm_ir.runtime.control_plane.in_process import ProtocolEngine
 from sagellm_ir.runtime.control_plane.member import EngineLost, Member, Piece, SoFar
 from sagellm_ir.runtime.control_plane.prefixes import prompt_blocks
 from sagellm_ir.runtime.control_plane.protocol import Recorder, priority_of, to_request
-from sagellm_ir.runtime.control_plane.remote import RemoteEngine
+from sagellm_ir.runtime.control_plane.remote import RemoteEngine, engine_url
 from sagellm_ir.runtime.control_plane.routing import Need, Router, accelerators
 
 __all__ = ["POLICIES", "FleetManager"]
@@ -117,7 +117,7 @@ class FleetManager(ControlPlaneManager):  # type: ignore[misc]  # it comes witho
         """As `ControlPlaneManager`; `llm_engine` is what `register` makes.
 
         Raises:
-            ValueError: an engine of this id is registered, or none is given.
+            ValueError: an engine of this id is registered, none is given, or its host is none.
             SageIRError: `llm_engine` is not a `ProtocolEngine`, so no answer could go on there.
         """
         metadata = metadata or {}
@@ -127,7 +127,7 @@ class FleetManager(ControlPlaneManager):  # type: ignore[misc]  # it comes witho
             )
         remote = llm_engine is None
         if remote and host is not None and port is not None:
-            llm_engine = ProtocolEngine(RemoteEngine(engine_id, f"http://{host}:{port}", model_id))
+            llm_engine = ProtocolEngine(RemoteEngine(engine_id, _url(host, port), model_id))
         if not isinstance(llm_engine, ProtocolEngine | None):
             message = f"engine {engine_id!r} is a {type(llm_engine).__name__}, no ProtocolEngine"
             raise SageIRError(Diagnostic(message, help="use sagellm_ir's `register`"))
@@ -268,6 +268,14 @@ class _Balancer(LoadBalancer):  # type: ignore[misc]  # it comes without types
             selected_engine_load=info.total_load,
         )
         return info, placed
+
+
+def _url(host: str, port: int) -> str:
+    """`engine_url`, with the error that callers of a Control Plane expect."""
+    try:
+        return engine_url(host, port)
+    except SageIRError as error:
+        raise ValueError(str(error)) from None
 
 
 def _need_of_prompt(request: RequestMetadata) -> Need:

@@ -4,6 +4,7 @@ It sends all that a request says, unlike the Control Plane's own HTTP client, wh
 messages, `max_tokens`, `temperature` and `top_p`, and posts again after a failure.
 """
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
@@ -21,12 +22,25 @@ from sagellm_ir.runtime.control_plane.member import (
     Usage,
 )
 
-__all__ = ["RemoteEngine", "request_body"]
+__all__ = ["RemoteEngine", "engine_url", "request_body"]
 
 BUSY = (429, 503)
 TIMEOUT = httpx.Timeout(10.0, read=None)
 """Reads wait for as long as the engine is healthy: `relay` asks it."""
 FINISHES: Mapping[str, Finish] = {"stop": "stop", "length": "length"}
+
+
+def engine_url(host: str, port: int) -> str:
+    """The base URL of an engine at a name or an address.
+
+    Raises:
+        SageIRError: `host` is neither.
+    """
+    text = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    with contextlib.suppress(httpx.InvalidURL):
+        if host and httpx.URL(text).host == host.lower():
+            return text
+    raise SageIRError(Diagnostic(f"host: expected a name or an address, got {host!r}"))
 
 
 class RemoteEngine:
@@ -150,7 +164,7 @@ async def _pieces(lines: AsyncIterator[str], done: int) -> AsyncIterator[Piece]:
             continue
         if data == "[DONE]":
             break
-        event = json.loads(data)
+        event = _event(data)
         if "error" in event:
             raise EngineLost(f"the engine failed: {event['error']}")
         usage = _usage(event.get("usage"), done) or usage
@@ -161,6 +175,16 @@ async def _pieces(lines: AsyncIterator[str], done: int) -> AsyncIterator[Piece]:
             finish = FINISHES.get(choice.get("finish_reason") or "", finish)
     if finish is not None:
         yield Piece(finish=finish, usage=usage)
+
+
+def _event(data: str) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise EngineLost(f"the engine sent what is no event: {data[:200]!r}")
+    return event
 
 
 def _usage(found: Mapping[str, Any] | None, done: int) -> Usage | None:

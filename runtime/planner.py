@@ -25,6 +25,7 @@ from sagellm_ir.lowering.plan import (
     Bind,
     Collective,
     ExecutionPlan,
+    KVMove,
     PlanRequest,
     PlanStep,
     PrefillChunk,
@@ -106,7 +107,7 @@ class OnlinePlanner:
         self._hidden: set[str] = set()
         """Requests that the engine has not reported yet."""
         self._fragment: Fragment | None = None
-        self._spent: list[str] = []
+        self._spent: dict[str, None] = {}
         """Requests that the last steps gave all their planned tokens."""
         self._full = False
         """Whether those that wait cannot start until something ends or comes."""
@@ -155,6 +156,7 @@ class OnlinePlanner:
         self._hidden.discard(name)
         self._full = False
         row = self._rows.pop(name, None)
+        self._spent.pop(name, None)
         planned = self._fragment is not None and name in self._fragment.decls
         if planned and (row is None or row.computed < job.known):
             self._close()
@@ -208,11 +210,28 @@ class OnlinePlanner:
         """The engine has a request that was submitted."""
         self._hidden.discard(name)
 
-    def peek(self) -> PlanStep | None:
-        """What `advance` gives next of a fragment, in block numbers of its own; None: not sure."""
-        if self._fragment is None or self._spent:
+    def lost(self, name: str, answered: int) -> None:
+        """The engine has dropped what it computed of a request that decodes: it is planned again."""
+        row = self._rows.get(name)
+        if row is not None and name in self._batch:
+            self._batch.leave(name)
+            row.job.answered = answered
+            self._requeue(row.job)
+
+    def compile_ahead(self) -> None:
+        """Compile what has come, while a step is in flight: the next `advance` need not."""
+        if self._fragment is None and self._may_start():
+            self._new_epoch()
+
+    def step_ahead(self) -> PlanStep | None:
+        """The next step while prefills are in flight, when it is one of prefills without moves."""
+        if self._spent:
+            return None  # What they hold is not known yet.
+        self.compile_ahead()
+        step = None if self._fragment is None else self._fragment.next()
+        if step is None or not step.prefill or any(isinstance(it, KVMove) for it in step.kv):
             return None
-        return self._fragment.next()
+        return self.advance(lambda name: 0)
 
     # Epochs.
 
@@ -235,7 +254,7 @@ class OnlinePlanner:
         the batch waiting for one forward more; a prefill after that step keeps those that wait now
         waiting for the step. The larger sum of seconds decides.
         """
-        under_way = len(self._rows) - len(self._batch)
+        under_way = len(self._rows) - len(self._batch) - len(self._spent)
         waiting = len(self._requests.waiting) - len(self._hidden)
         if waiting <= 0 and not under_way:
             return False
@@ -255,7 +274,11 @@ class OnlinePlanner:
         the rest is computed again.
         """
         self._requests.tidy(self._ledger)
-        jobs = [row.job for name, row in self._rows.items() if name not in self._batch]
+        jobs = [
+            row.job
+            for name, row in self._rows.items()
+            if name not in self._batch and name not in self._spent
+        ]
         first = len(jobs)
         jobs += islice(self._candidates(), max(min(self._window, self._seats()) - first, 0))
         self.epochs += 1
@@ -393,7 +416,7 @@ class OnlinePlanner:
             shareable = tuple(row.table[: job.known // size])
             self._batch.enter(name, job.known + 1, left, shareable)
         else:
-            self._spent.append(name)
+            self._spent[name] = None
         return Bind(name, old, blocks) if blocks else None
 
     def _join(self, step: PlanStep, ends: int) -> PlanStep:
@@ -417,7 +440,7 @@ class OnlinePlanner:
             collectives=batch.sums(self._sums, tokens),
             cost=batch.seconds(1, step.prefill, ends),
         )
-        self._spent += batch.run(1)
+        self._spent.update(dict.fromkeys(batch.run(1)))
         return step
 
     def _decode(self) -> PlanStep:
@@ -432,16 +455,14 @@ class OnlinePlanner:
             collectives=batch.sums(self._sums, len(batch)),
             cost=batch.seconds(loops),
         )
-        self._spent += batch.run(loops)
+        self._spent.update(dict.fromkeys(batch.run(loops)))
         self._rested = 0.0
         return step
 
     def _settle(self, answered: Callable[[str], int]) -> None:
         """Requests that have their planned tokens: what is not over is planned again."""
         for name in self._spent:
-            row = self._rows.get(name)
-            if row is None:
-                continue
+            row = self._rows[name]
             job = row.job
             job.answered = answered(name)
             if job.answered < job.request.max_new_tokens:

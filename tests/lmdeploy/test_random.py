@@ -184,7 +184,8 @@ def test_the_online_planner(seed: int, blocks: int, host: int) -> None:
     rng = random.Random(seed)
     eng = engine(num_gpu_blocks=blocks, num_cpu_blocks=host, max_prefill_token_num=200)
     names = Names()
-    source = OnlineSource(OnlinePlanner(target_of(eng)), eng.scheduler, names)
+    planner = OnlinePlanner(target_of(eng), outlast=True)
+    source = OnlineSource(planner, eng.scheduler, names)
     PlanDriver(eng, source, names)
     play(eng, rng, rng.randint(1, 7))
 

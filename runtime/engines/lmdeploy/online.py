@@ -4,11 +4,12 @@ import logging
 from typing import Any
 
 from attrs import evolve
+from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import EngineView, RequestView
-from sagellm_ir.runtime.engines.lmdeploy.view import WORKER, Names
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, WORKER, Names, Requests
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import DEVICE, HOST, ModelSpec, Target, Tier, Worker
 
@@ -52,47 +53,62 @@ def target_of(engine: Any, base: Target | None = None) -> Target:
 
 
 class OnlineSource:
-    """Submits every request that LMDeploy reports to an `OnlinePlanner`, and asks it for steps.
+    """Submits every request that LMDeploy has to an `OnlinePlanner`, and asks it for steps.
 
-    A request that the planner refuses (it could never fit) is left to LMDeploy's own rules.
+    A request that the planner refuses (it could never fit) is left to LMDeploy's own rules. What a
+    tick costs is what has come, ended or waits, not what runs.
+
+    Args:
+        planner: of the target that the engine is; it may let steps outlast answers.
+        scheduler: LMDeploy's.
+        names: those of the driver.
     """
 
     def __init__(self, planner: OnlinePlanner, scheduler: Any, names: Names) -> None:
         self.planner = planner
-        self._scheduler = scheduler
-        self._names = names
-        self._known: set[str] = set()
-        self._ended = 0
+        self._states = scheduler.seq_manager.get_sequences
+        self._requests = Requests(scheduler, names)
+        self._over: set[int] = set()
+        """Sequences whose end the planner knows."""
 
     def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        here = [*view.waiting, *view.running]
-        for seen in here:
-            if seen.id not in self._known:
-                self._known.add(seen.id)
-                self._submit(seen)
-        if len(self._known) > len(here):
-            self._known.intersection_update(seen.id for seen in here)
-        self._ended = len(view.finished)
-        return self.planner.next_step(view)
+        """See `PlanSource`. It looks at the scheduler, not at the view."""
+        self._look()
+        for number, seq in self._states(MessageStatus.WAITING).items():
+            if seq.num_history_ids == 0 and (seen := self._requests.live.get(number)):
+                self.planner.lost(seen.id, seq.num_new_tokens)  # LMDeploy needed its blocks
+        return self.planner.advance(self._answered)
 
-    def ahead(self, view: EngineView) -> PlanStep | None:
-        """The next prefill while one is in flight, or None: not planned yet, or not sure.
+    def ahead(self) -> PlanStep | None:
+        """The next prefill while one is in flight, or None: there is none, or it is not sure."""
+        self._look()
+        return self.planner.step_ahead()
 
-        Args:
-            view: with the sequences in flight. Each must have more than one token to come.
-        """
-        here = [*view.waiting, *view.running]
-        step = self.planner.peek()
-        changed = len(view.finished) != self._ended or len(here) != len(self._known)
-        if step is None or not step.prefill or step.kv or changed:
-            return None
-        if any(seen.id not in self._known or seen.max_new_tokens < 2 for seen in here):
-            return None
-        return self.planner.next_step(view)
+    def prepare(self) -> None:
+        """Plan what has come while decodes are in flight."""
+        self._look()
+        self.planner.compile_ahead()
+
+    def _look(self) -> None:
+        come, gone = self._requests.refresh()
+        for seen in gone:
+            self._over.discard(seen.seq.seq_id)
+            self.planner.end(seen.id)
+        for seen in come:
+            self._over.discard(seen.seq.seq_id)
+            self._submit(seen)
+        for status in ENDED:
+            ended = self._states(status)
+            for number in ended.keys() - self._over:
+                seen = self._requests.live[number]
+                self._over.add(number)
+                self.planner.end(seen.id, seen.seq.all_ids)
+
+    def _answered(self, name: str) -> int:
+        return int(self._requests.found[name].num_new_tokens)
 
     def _submit(self, seen: RequestView) -> None:
-        seq = self._names.sequence(self._scheduler, seen.id)
+        seq = self._requests.found[seen.id]
         request = PlanRequest(
             seen.id,
             max_new_tokens=seen.max_new_tokens,
@@ -102,5 +118,6 @@ class OnlineSource:
         )
         try:
             self.planner.submit(request, seq.all_ids[: seen.prompt_len])
+            self.planner.meet(seen.id)
         except SageIRError as error:
             logger.warning("not planned: %s", error)

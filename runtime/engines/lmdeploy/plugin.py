@@ -37,7 +37,8 @@ def attach(role: str, engine: Any = None) -> PlanDriver | None:
         return None
     names = Names()
     target = target_of(engine, base_target(config))
-    source = OnlineSource(OnlinePlanner(target, config.engine.pipeline), engine.scheduler, names)
+    planner = OnlinePlanner(target, config.engine.pipeline, outlast=True)
+    source = OnlineSource(planner, engine.scheduler, names)
     try:
         return PlanDriver(engine, source, names)
     except ValueError as error:

@@ -7,6 +7,7 @@ logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lo
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from attrs import evolve
@@ -14,7 +15,7 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import PlanStep, PrefixGroup
+from sagellm_ir.lowering.plan import KVMove, PlanStep, PrefixGroup
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
@@ -103,9 +104,10 @@ class PlanDriver:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
         self._ready = None
         if self._is_in_flight() and not self._prefilling:
+            if not self._todo and (prepare := getattr(self.source, "prepare", None)) is not None:
+                self._steps(prepare)
             return False
-        self._requests.refresh()
-        self._seen.update(self._requests.found)
+        self._seen.update(seen.id for seen in self._requests.refresh()[0])
         if self._is_in_flight():
             return self._look_ahead()
         for _ in range(_MOVES_ONLY):
@@ -126,8 +128,7 @@ class PlanDriver:
         """Have the next prefill ready while one is in flight, if the source knows it already."""
         ahead = getattr(self.source, "ahead", None)
         if not self._todo and ahead is not None:
-            step = ahead(self._requests.view(in_flight=True))
-            self._todo.extend([] if step is None else [step])
+            self._todo.extend(self._steps(ahead))
         if self._todo and self._todo[0].prefill and not self._must_wait(self._todo[0]):
             self._ready = self._todo[0]
         return self._ready is not None
@@ -167,8 +168,11 @@ class PlanDriver:
     # Steps.
 
     def _ask(self) -> list[PlanStep]:
+        return self._steps(lambda: self.source.next_step(self._requests.view()))
+
+    def _steps(self, ask: Callable[[], PlanStep | None]) -> list[PlanStep]:
         try:
-            step = self.source.next_step(self._requests.view())
+            step = ask()
         except Exception:
             logger.exception("the plan source failed; LMDeploy schedules this step")
             self.rejected.append("the source failed")
@@ -241,7 +245,7 @@ class PlanDriver:
 
     def _must_wait(self, step: PlanStep) -> bool:
         """Whether a request of the step is in flight or has not arrived, or its moves are not safe."""
-        if step.kv and self.scheduler.num_locked():
+        if self.scheduler.num_locked() and any(isinstance(item, KVMove) for item in step.kv):
             return True
         for name in self._named(step):
             seq = self._sequence(name)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from attrs import evolve
@@ -101,12 +102,52 @@ def still(view: EngineView) -> EngineView:
             for r in part
         )
 
-    return evolve(
-        view,
-        waiting=of(view.waiting),
-        running=of(view.running),
-        finished=of(view.finished),
-    )
+    return EngineView(of(view.waiting), of(view.running), of(view.finished), view.cached, view.free)
+
+
+class _Now(EngineView):
+    """What a source is asked with: looked up when it is read, so it holds until the next step."""
+
+    def __init__(self, requests: "Requests", in_flight: bool) -> None:
+        object.__setattr__(self, "requests", requests)
+        object.__setattr__(self, "in_flight", in_flight)
+
+    requests: "Requests"
+    in_flight: bool
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[RequestView, ...], ...]:
+        waiting, running, finished = [], [], []
+        for seen in self.requests.live.values():
+            status = seen.seq.status
+            if status in ENDED:
+                finished.append(seen)
+            elif status is MessageStatus.WAITING and seen.seq.num_history_ids == 0:
+                waiting.append(seen)
+            elif self.in_flight or status is not MessageStatus.LOCKED:
+                running.append(seen)
+        waiting.sort(key=lambda seen: float(seen.seq.arrive_time))
+        return tuple(waiting), tuple(running), tuple(finished)
+
+    @property
+    def waiting(self) -> tuple[RequestView, ...]:
+        return self._parts[0]
+
+    @property
+    def running(self) -> tuple[RequestView, ...]:
+        return self._parts[1]
+
+    @property
+    def finished(self) -> tuple[RequestView, ...]:
+        return self._parts[2]
+
+    @property
+    def cached(self) -> tuple[CachedPrefix, ...]:
+        return ()
+
+    @property
+    def free(self) -> dict[tuple[str, str], int]:
+        return self.requests.free()
 
 
 class Requests:
@@ -114,21 +155,29 @@ class Requests:
 
     def __init__(self, scheduler: Any, names: Names) -> None:
         self._scheduler, self._names = scheduler, names
-        self._live: dict[int, _Live] = {}
+        self.live: dict[int, _Live] = {}
+        """By sequence id, as of the last `refresh`."""
         self.found: dict[str, Any] = {}
         """Sequences by request, as of the last `refresh`."""
 
-    def refresh(self) -> None:
-        """Look what is there."""
-        old, live = self._live, {}
-        for session in self._scheduler.sessions.values():
-            for number, seq in session.sequences.items():
-                seen = old.get(number)
-                if seen is None or seen.seq is not seq or seen.start != seq.output_start_pos:
-                    seen = _Live(self._names.request(seq), seq)
-                live[number] = seen
-        self._live = live
-        self.found = {seen.id: seen.seq for seen in live.values()}
+    def refresh(self) -> tuple[list[_Live], list[_Live]]:
+        """Look what has come and what has gone; costs as much as that and what waits."""
+        manager = self._scheduler.seq_manager
+        all_now, live = manager._seq_map, self.live
+        gone = [live.pop(number) for number in live.keys() - all_now.keys()]
+        new = sorted(all_now.keys() - live.keys())
+        for number, seq in manager.get_sequences(MessageStatus.WAITING).items():
+            seen = live.get(number)
+            if seen is not None and seen.start != seq.output_start_pos:  # the next turn
+                gone.append(live.pop(number))
+                new.append(number)
+        for seen in gone:
+            self.found.pop(seen.id, None)
+        come = [_Live(self._names.request(all_now[number]), all_now[number]) for number in new]
+        for seen in come:
+            live[seen.seq.seq_id] = seen
+            self.found[seen.id] = seen.seq
+        return come, gone
 
     def snapshot(self) -> EngineView:
         """What the engine reports, all of it, to keep."""
@@ -143,23 +192,18 @@ class Requests:
         Args:
             in_flight: also sequences in flight, as they were before. No step can name them yet.
         """
-        waiting, running, finished = [], [], []
-        for seen in self._live.values():
-            status = seen.seq.status
-            if status in ENDED:
-                finished.append(seen)
-            elif status is MessageStatus.WAITING and seen.seq.num_history_ids == 0:
-                waiting.append(seen)
-            elif in_flight or status is not MessageStatus.LOCKED:
-                running.append(seen)
-        waiting.sort(key=lambda seen: seen.seq.arrive_time)
+        return _Now(self, in_flight)
+
+    def free(self) -> dict[tuple[str, str], int]:
+        """Free blocks by worker and tier."""
         manager = self._scheduler.block_manager
-        free = {(WORKER, DEVICE): int(manager.get_num_free_gpu_blocks())}
-        free[WORKER, HOST] = int(manager.get_num_free_cpu_blocks())
-        return EngineView(tuple(waiting), tuple(running), tuple(finished), free=free)
+        return {
+            (WORKER, DEVICE): int(manager.get_num_free_gpu_blocks()),
+            (WORKER, HOST): int(manager.get_num_free_cpu_blocks()),
+        }
 
     def _cached(self) -> Iterator[CachedPrefix]:
-        for seen in self._live.values():
+        for seen in self.live.values():
             full = seen.seq.num_history_ids // seen.seq.block_size
             if full and seen.seq.status is not MessageStatus.LOCKED:
                 table = seen.seq.logical_blocks.get_real_blocks()[:full].tolist()

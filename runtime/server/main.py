@@ -90,6 +90,7 @@ async def _serve(
                 started(host, port)
             await draining.told()
         await draining.drain()
+        await asyncio.to_thread(engine.stop)  # what is unfinished hears so, while it can be told
         await serving
     finally:
         await asyncio.to_thread(engine.stop)

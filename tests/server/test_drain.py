@@ -89,6 +89,7 @@ def begin(process: Process, tokens: int) -> tuple[threading.Thread, list[httpx.R
     thread = threading.Thread(target=post)
     thread.start()
     while not httpx.get(f"{process.url}/info").json()["load"]["running"]:
+        assert not answers, answers[0].text
         time.sleep(0.005)
     return thread, answers
 
@@ -113,9 +114,12 @@ def test_running_requests_finish_and_new_ones_are_sent_away(process: Process) ->
 
 @pytest.mark.parametrize("process", [0.1], indirect=True)
 def test_draining_ends_after_its_time(process: Process) -> None:
-    begin(process, 1000)
+    thread, answers = begin(process, 1000)
     process.terminate()
     rest = process.rest()
+    thread.join()
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "engine_draining"
     assert "1 requests unfinished" in rest
     assert rest.endswith("ended\n")
     assert "Traceback" not in rest

@@ -2,17 +2,20 @@
 
     make build/lmdeploy/.ready && python benchmarks/lmdeploy_tick.py
 
-256 requests run and 64 wait (half share a prefix of 1024 tokens); the executor is the tests', so that
-forwards cost nothing here. CPU time of the deciding thread.
+320 clients keep 256 requests running and up to 64 waiting: each sends its next request when its answer
+has ended (half share a prefix of 1024 tokens; answers of 64 to 512 tokens). "burst": the decisions of
+the first second, when all 320 come at once; "steady": those after it. "in flight": what is decided or
+compiled while a forward is under way, which delays nobody but a forward shorter than itself.
+Stock and ours alternate, in one process each; CPU time of the deciding thread. The executor is the
+tests', so that forwards cost nothing here.
 """
 
 import argparse
 import asyncio
-import functools
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,69 +29,92 @@ from ticks import Ticks  # noqa: E402
 from tests.lmdeploy import trees  # noqa: E402
 
 RUNNING, WAITING = 256, 64
+SHARED, OWN, SHORTEST, LONGEST = 1024, 256, 64, 512
+NAMES = ("stock", "planned")
 
 
-def prompts(count: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    shared = rng.integers(10, 900, 1024).tolist()
-    return [(shared if at % 2 else []) + rng.integers(10, 900, 256).tolist() for at in range(count)]
-
-
-async def run(attach: Callable[[Any], object], new: int) -> tuple[list[float], list[float]]:
-    """Decisions while 256 run and 64 wait: decodes, prefills."""
+async def run(engine: Any, requests: int) -> dict[str, Any]:
+    """Clients that send `requests` each; the decisions by kind."""
     from tests.lmdeploy import cpu
 
-    config = {"block_size": 64, "max_batch_size": RUNNING, "num_gpu_blocks": 20000}
-    engine = cpu.engine(**config, max_prefill_token_num=8192, session_len=65536)
-    attach(engine)
+    engine.executor._forward = lambda tables, starts, rows: np.full(len(rows), 11)
     engine.start_loop()
     ticks = Ticks(engine, clock=time.thread_time)
-    asked = [
-        asyncio.ensure_future(cpu.ask(engine, at + 1, prompt, new))
-        for at, prompt in enumerate(prompts(RUNNING + WAITING))
-    ]
-    await asyncio.gather(*asked)
-    trace = engine.executor.trace
-    decodes, prefills = [], []
-    for step, spent in zip(trace, ticks.times, strict=True):
-        if not step["decode"]:
-            prefills.append(spent)
-        elif len(step["tokens"]) == RUNNING:
-            decodes.append(spent)
-    return decodes, prefills
+    rng = np.random.default_rng(0)
+    shared = rng.integers(10, 900, SHARED).tolist()
+
+    async def client(number: int) -> None:
+        own = np.random.default_rng(number + 1)
+        for turn in range(requests):
+            prompt = (shared if number % 2 else []) + own.integers(10, 900, OWN).tolist()
+            new = int(own.integers(SHORTEST, LONGEST + 1))
+            await cpu.ask(engine, 1 + number + turn * (RUNNING + WAITING), prompt, new)
+
+    await asyncio.gather(*map(client, range(RUNNING + WAITING)))
+    full: dict[str, list[int]] = {"burst": [], "steady decode": [], "steady prefill": []}
+    decoded = False
+    for at, step in enumerate(engine.executor.trace):
+        rows, decode = len(step["tokens"]), step["decode"]
+        decoded |= decode and rows > RUNNING * 0.9
+        if not decoded:
+            full["burst"].append(at)
+        elif not decode:
+            full["steady prefill"].append(at)
+        elif rows > RUNNING * 0.9:
+            full["steady decode"].append(at)
+    report: dict[str, Any] = {}
+    for kind, where in {**full, "steady": full["steady decode"] + full["steady prefill"]}.items():
+        for name, times in (("", ticks.times), (", blocking", ticks.blocking)):
+            report[kind + name] = figures([times[at] for at in where])
+    loops = [step["loops"] for step in engine.executor.trace if step["decode"]]
+    report["forwards of a decode decision"] = round(float(np.mean(loops)), 2)
+    return report
 
 
-def planned(engine: Any) -> object:
-    from sagellm_ir.runtime.engines.lmdeploy.plugin import attach
-
-    return attach("engine", engine)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--new", type=int, default=512, help="tokens of an answer")
-    parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
+def measure(name: str, requests: int, profile: bool) -> None:
+    """One process: print the figures of one configuration."""
     if not trees.prepare():
         sys.exit("LMDeploy is not here; 'make build/lmdeploy/.ready' brings it")
     from tests.lmdeploy import cpu
 
-    report: dict[str, Any] = {"machine": describe("torch", "numpy")}
-    for name, attach in (("stock", lambda engine: None), ("planned", planned)):
-        if args.profile and name == "planned":
-            import cProfile
-            import pstats
+    async def work() -> dict[str, Any]:
+        config = {"block_size": 64, "max_batch_size": RUNNING, "num_gpu_blocks": 20000}
+        engine = cpu.engine(**config, max_prefill_token_num=8192, session_len=65536)
+        if name == "planned":
+            from sagellm_ir.runtime.engines.lmdeploy.plugin import attach
 
-            profile = cProfile.Profile()
-            profile.enable()
-        decodes, prefills = cpu.run(functools.partial(run, attach, args.new), timeout=300)
-        if args.profile and name == "planned":
-            profile.disable()
-            pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
-        report[name] = {"decode": figures(decodes), "prefill": figures(prefills)}
-        print(name, json.dumps(report[name]))
-    ratio = report["planned"]["decode"]["p50_ms"] / report["stock"]["decode"]["p50_ms"]
-    print(f"decode p50, planned / stock: {ratio:.2f}")
+            attach("engine", engine)
+        return await run(engine, requests)
+
+    if profile:
+        import cProfile
+        import pstats
+
+        profiler = cProfile.Profile()
+        report = profiler.runcall(cpu.run, work, timeout=600)
+        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(70)
+    else:
+        report = cpu.run(work, timeout=600)
+    print(json.dumps(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=12, help="of each client")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turns")
+    parser.add_argument("--one", choices=NAMES, help="measure this one here")
+    parser.add_argument("--profile", action="store_true", help="with --one")
+    args = parser.parse_args()
+    if args.one:
+        measure(args.one, args.requests, args.profile)
+        return
+    print(json.dumps(describe("torch", "numpy")))
+    for _ in range(args.rounds):
+        for name in NAMES:
+            command = [sys.executable, __file__, "--one", name, "--requests", str(args.requests)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for kind, values in json.loads(out).items():
+                print(f"{name:8} {kind:26} {json.dumps(values)}", flush=True)
 
 
 def figures(times: list[float]) -> dict[str, float]:

@@ -18,8 +18,10 @@ class Ticks:
 
     def __init__(self, engine: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         self.times: list[float] = []
-        self._clock, self._spent = clock, 0.0
-        scheduler = engine.scheduler
+        self.blocking: list[float] = []
+        """The part of each that was spent while no forward was in flight."""
+        self._clock, self._spent, self._alone = clock, 0.0, 0.0
+        self._scheduler = scheduler = engine.scheduler
         source = getattr(scheduler, "plan_source", None)
         if source is not None:
             source.decide_prefill = self._timed(source.decide_prefill)
@@ -27,14 +29,18 @@ class Ticks:
 
     def _timed(self, call: Callable[..., Any], ends: bool = False) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            alone = not self._scheduler.num_locked()
             began = self._clock()
             try:
                 result = call(*args, **kwargs)
             finally:
-                self._spent += self._clock() - began
+                spent = self._clock() - began
+                self._spent += spent
+                self._alone += spent if alone else 0.0
             if ends and result.running:
                 self.times.append(self._spent * 1e3)
-                self._spent = 0.0
+                self.blocking.append(self._alone * 1e3)
+                self._spent = self._alone = 0.0
             return result
 
         return timed
@@ -42,10 +48,14 @@ class Ticks:
     def take(self) -> dict[str, float]:
         """Figures of the decisions since the last call."""
         times, self.times = np.array(self.times or [0.0]), []
+        blocking, self.blocking = np.array(self.blocking or [0.0]), []
         return {
             "ticks": len(times),
             "tick_p50_ms": round(float(np.percentile(times, 50)), 3),
             "tick_p99_ms": round(float(np.percentile(times, 99)), 3),
             "tick_max_ms": round(float(times.max()), 3),
             "tick_sum_ms": round(float(times.sum()), 1),
+            "blocking_p50_ms": round(float(np.percentile(blocking, 50)), 3),
+            "blocking_p99_ms": round(float(np.percentile(blocking, 99)), 3),
+            "blocking_sum_ms": round(float(blocking.sum()), 1),
         }

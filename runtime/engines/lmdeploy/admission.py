@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 from lmdeploy.messages import EventType
 from lmdeploy.pytorch.messages import MessageStatus
 
@@ -28,6 +27,8 @@ class Admission:
         """Sequences whose chunk in flight ends before what is known of them."""
         self.refused: set[int] = set()
         """Sequences that the last call had no room for."""
+        self.evicted = False
+        """Whether sequences may have lost their blocks since somebody set this to False."""
 
     def prefill(self, rows: Iterable[tuple[Any, PrefillChunk]]) -> list[Any]:
         """Admit prefill rows in order; those that do not fit are left waiting, as they were.
@@ -63,20 +64,25 @@ class Admission:
 
     def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
         """Admit decode rows for `loops` tokens each; those without room keep running, later."""
-        manager = self.scheduler.block_manager
-        members = {seq.seq_id for seq in seqs}
+        size, on_host = self.kv.trie.block_size, self.scheduler.block_manager.num_cpu_blocks
         self.refused.clear()
-        admitted = []
-        for seq in seqs:
-            needed = manager.num_required_blocks(seq, loops)
-            if needed or manager.num_cpu_blocks:
-                if not self._room(seq, loops, members):
+        short = [
+            seq
+            for seq in seqs
+            if on_host
+            or seq.logical_blocks._num_real * size
+            < seq._num_history_ids + seq._num_token_ids + loops
+            or seq._num_cross
+            or seq._num_history_cross
+        ]
+        if short:
+            members = {seq.seq_id for seq in seqs}
+            for seq in short:
+                if self._room(seq, loops, members):
+                    self.scheduler.block_manager.allocate(seq, loops)
+                else:
                     self.refused.add(seq.seq_id)
-                    continue
-                manager.allocate(seq, loops)
-            self.kv.insert(seq)
-            admitted.append(seq)
-        return admitted
+        return [seq for seq in seqs if seq.seq_id not in self.refused] if self.refused else [*seqs]
 
     def _run(self, seq: Any) -> None:
         self.scheduler.block_manager.allocate(seq, 0)
@@ -95,6 +101,7 @@ class Admission:
         needed = self.scheduler.block_manager.num_required_blocks(seq, ahead)
         if self.kv.make_room(needed):
             return True
+        self.evicted = True
         others = chain(reversed(self.scheduler.hanging), reversed(self.scheduler.waiting))
         evictable = [other for other in others if other.seq_id not in members]
         return bool(self.scheduler.eviction_helper.evict_for_seq(seq, evictable, ahead))
@@ -109,7 +116,8 @@ def _can_split(seq: Any) -> bool:
 
 
 class PartialPrefills:
-    """A sequence strategy that throws away the token a partial prefill samples.
+    """A sequence strategy that throws away the token a partial prefill samples, and puts the blocks of
+    answers that end into the trie, where the next turn of the conversation finds them.
 
     Wraps the engine's own; everything but `update_running` is the wrapped one's.
     """
@@ -130,9 +138,15 @@ class PartialPrefills:
         for seq in rows:
             if seq.status == MessageStatus.LOCKED:
                 seq.status = MessageStatus.WAITING  # so that the wrapped one skips it
+        stopped = self._admission.scheduler.seq_manager.get_sequences(MessageStatus.STOPPED)
+        before = len(stopped)
         self._inner.update_running(
             running=running, batched_outputs=batched_outputs, is_decoding=is_decoding
         )
+        if len(stopped) > before:
+            for seq in running:
+                if seq._status is MessageStatus.STOPPED:
+                    self._admission.kv.store_answer(seq)
         for seq in rows:
             partial.discard(seq.seq_id)
             seq._num_history_ids += seq._num_token_ids
@@ -181,7 +195,7 @@ def _agree(seqs: Sequence[Any], group: PrefixGroup) -> bool:
     if group.start % block_size or group.stop % block_size:
         return False
     span = slice(group.start // block_size, group.stop // block_size)
-    first = seqs[0].logical_blocks.get_real_blocks()[span]
-    if len(first) != span.stop - span.start:
+    if any(seq.logical_blocks._num_real < span.stop for seq in seqs):
         return False
-    return all(np.array_equal(seq.logical_blocks.get_real_blocks()[span], first) for seq in seqs)
+    first = seqs[0].logical_blocks._blocks[span].tobytes()
+    return all(seq.logical_blocks._blocks[span].tobytes() == first for seq in seqs)

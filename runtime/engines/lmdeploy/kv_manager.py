@@ -149,11 +149,22 @@ class KVManager:
             self._trail = _Trail(seq.adapter_name, seq.history_cache._token_ids, node, table)
         self.expendable.difference_update(kept)
 
-    def insert(self, seq: Any) -> None:
-        """Put full blocks of a sequence into the trie; quick when it has none that are not in it."""
-        cursor = getattr(seq.logical_blocks, "last_shared_node", None)
-        if cursor is None or seq.num_valid_ids >= cursor.num_matched + self.trie.block_size:
-            self.trie.allocate(seq)
+    def store_answer(self, seq: Any) -> None:
+        """Put the full blocks of a sequence whose answer has ended into the trie.
+
+        Its newest token has no KV. Stock inserts at each decode what was full before; this finds the
+        same and the last blocks too, at one insertion an answer.
+        """
+        table, size = seq.logical_blocks, self.trie.block_size
+        cursor = getattr(table, "last_shared_node", None)
+        matched = 0 if cursor is None else cursor.num_matched
+        if matched + size <= seq.num_history_ids <= len(table) * size:
+            newest = seq._num_token_ids
+            seq._num_token_ids = 0
+            try:
+                self.trie.allocate(seq)
+            finally:
+                seq._num_token_ids = newest
 
     # Admission.
 

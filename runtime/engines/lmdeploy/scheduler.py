@@ -71,11 +71,15 @@ class PlanDriver:
         self._ready: PlanStep | None = None
         self._prefilling = False
         """Whether the last step was a prefill."""
+        self._plain: list[Any] | None = None
+        """The rows of a step in `_ready` that only decodes them."""
+        self._last: tuple[list[Any], object, Any] = ([], None, None)
+        """Rows and groups of the last decode step, and how they were ordered."""
         self._requests = Requests(self.scheduler, self.names)
         self._seen: set[str] = set()
         self._blocks = PlanBlocks(self.kv)
         self._agreed: set[PrefixGroup] = set()
-        """Groups whose rows were seen to hold equal blocks since the last prefill."""
+        """Groups whose rows were seen to hold equal blocks, while no sequence lost its blocks."""
         engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
         self.scheduler.plan_source = self
 
@@ -102,7 +106,7 @@ class PlanDriver:
 
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
-        self._ready = None
+        self._ready = self._plain = None
         if self._is_in_flight() and not self._prefilling:
             if not self._todo and (prepare := getattr(self.source, "prepare", None)) is not None:
                 self._steps(prepare)
@@ -115,6 +119,9 @@ class PlanDriver:
                 self._todo.extend(self._ask())
             if not self._todo:
                 return None
+            if self._is_plain(self._todo[0]):
+                self._ready = self._todo[0]
+                return False
             if self._must_wait(self._todo[0]):
                 return False
             self._todo.extendleft(reversed(self._parts(self._todo.popleft())))
@@ -123,6 +130,18 @@ class PlanDriver:
                 return bool(self._ready.prefill)
             self._blocks.move(self._todo.popleft())
         return None
+
+    def _is_plain(self, step: PlanStep) -> bool:
+        """Whether a step only decodes rows that all run, as nearly always; looked at quickly."""
+        self._plain = None
+        if step.prefill or not step.decode or self.scheduler.num_locked():
+            return False
+        rows = list(map(self._requests.found.get, step.decode))
+        if not all(seq is not None and seq._status is MessageStatus.RUNNING for seq in rows):
+            return False
+        if len(set(step.decode)) == len(rows) <= self.scheduler.scheduler_config.max_batches:
+            self._plain = rows
+        return self._plain is not None
 
     def _look_ahead(self) -> bool:
         """Have the next prefill ready while one is in flight, if the source knows it already."""
@@ -152,7 +171,9 @@ class PlanDriver:
         self._prefilling = is_prefill
         if output.loop_count is None:
             output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
-        tokens = sum(seq.num_token_ids for seq in output.running) * output.loop_count
+        rows = len(output.running)
+        tokens = sum(seq.num_token_ids for seq in output.running) if is_prefill else rows
+        tokens *= output.loop_count
         self.stats = evolve(
             self.stats,
             steps=self.stats.steps + 1,
@@ -206,6 +227,10 @@ class PlanDriver:
 
     def _planned(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput | None:
         step = self._todo[0]
+        plain = self._plain if step is self._ready and not is_prefill else None
+        if plain is not None and 1 <= step.loops <= max(1, prealloc_size):
+            self._todo.popleft()
+            return self._run(step, dict(zip(step.decode, plain, strict=True)), is_prefill)
         if step is not self._ready and self._must_wait(step):
             return _output([])
         if is_prefill != bool(step.prefill):
@@ -217,8 +242,14 @@ class PlanDriver:
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
+        rows = {name: self._requests.found[name] for name in self._named(step)}
+        return self._run(step, rows, is_prefill)
+
+    def _run(
+        self, step: PlanStep, seqs: dict[str, Any], is_prefill: bool
+    ) -> SchedulerOutput | None:
+        """A step that was found right."""
         self._blocks.move(step)
-        seqs = {name: self._requests.found[name] for name in self._named(step)}
         if is_prefill:
             ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
         else:
@@ -233,15 +264,32 @@ class PlanDriver:
             return None
         for bind in step.binds:
             self._blocks.bind(bind, self._sequence(bind.request))
-        running = {seq.seq_id for seq in ran}
-        rows = {name: seq for name, seq in seqs.items() if seq.seq_id in running}
-        if is_prefill or refused:
-            self._agreed.clear()  # blocks were given out anew
-        ordered, groups = group_rows(rows, step.groups, self._agreed)
+        if len(ran) < len(seqs):
+            running = {seq.seq_id for seq in ran}
+            seqs = {name: seq for name, seq in seqs.items() if seq.seq_id in running}
+        ordered, groups = self._order(step, seqs)
         output = _output(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
         output.prefix_groups = BatchRows.of(ordered, groups)
         return output
+
+    def _order(
+        self, step: PlanStep, seqs: dict[str, Any]
+    ) -> tuple[list[Any], list[tuple[int, int, int, int]]]:
+        """See `group_rows`; the same as in the last decode step when nothing has changed."""
+        if self.admission.evicted:
+            self.admission.evicted = False
+            self._agreed.clear()  # blocks were given out anew
+            self._last = ([], None, None)
+        rows, groups, found = self._last
+        if step.groups is groups and rows == list(seqs.values()):
+            ordered, table = found
+            return ordered, table
+        result = group_rows(seqs, step.groups, self._agreed)
+        if step.decode:
+            self._agreed.intersection_update(step.groups)
+            self._last = (list(seqs.values()), step.groups, result)
+        return result
 
     def _must_wait(self, step: PlanStep) -> bool:
         """Whether a request of the step is in flight or has not arrived, or its moves are not safe."""
@@ -301,6 +349,7 @@ class PlanDriver:
     # LMDeploy's own rules.
 
     def _stock(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
+        self.admission.evicted = True
         for seq in self.scheduler.waiting if is_prefill else self.scheduler.running:
             if not self.kv.make_resident(seq):
                 self.kv.release(seq)

@@ -6,6 +6,7 @@ process of its own; load and server share the machine.
 
     python benchmarks/serve.py --json out.json
     python benchmarks/serve.py --vllm-python PATH/bin/python
+    python benchmarks/serve.py --vllm-python PATH/bin/python --public    # load of `vllm bench serve`
     python benchmarks/serve.py --soak 5000
 """
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from serve_load import Chat, Load, Sample, chats, run_load
 from serve_process import Process, Usage, ours, started, vllm
+from serve_public import public_load
 
 from sagellm_ir.runtime.engines.embedded.export import export_folder
 
@@ -61,8 +63,8 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         "unplanned": ours("O0", options.blocks, options.threads),
     }
     if options.vllm_python:
-        found["vllm-cpu"] = vllm(options.vllm_python, export_folder("smollm2-135m", folder))
-    return found
+        found["vllm-cpu"] = vllm(options.vllm_python, folder)
+    return {name: found[name] for name in options.only or found}
 
 
 def work(options: argparse.Namespace, seed: int) -> list[Chat]:
@@ -82,28 +84,58 @@ def answers(load: Load) -> list[str]:
     return sorted(sample.text for sample in load.samples)
 
 
-def measure(process: Process, round_work: Sequence[Chat], clients: int) -> tuple[Load, float]:
-    """One round: the load, and the CPU seconds that the server took for it."""
-    before = process.usage().cpu_seconds
-    load = asyncio.run(run_load(process.url, process.model, round_work, clients))
-    return load, process.usage().cpu_seconds - before
+def own_round(process: Process, row: Row, options: argparse.Namespace, seed: int) -> None:
+    """One round of our own load."""
+    load = asyncio.run(run_load(process.url, process.model, work(options, seed), options.clients))
+    row.rounds.append(load.summary())
+    row.answers.append(answers(load))
+    for error in {sample.error for sample in load.samples if sample.error}:
+        print(f"{row.name}: {error}")
+
+
+def public_round(
+    process: Process, row: Row, options: argparse.Namespace, seed: int, folder: Path
+) -> None:
+    """One round of the public generator's load: as many prompts, and as long, as in one turn."""
+    found = public_load(
+        options.vllm_python,
+        process.url,
+        process.model,
+        folder,
+        clients=options.clients,
+        prompts=options.chats,
+        prefixes=options.documents,
+        prefix=3 * options.words,
+        suffix=40,
+        new=options.new,
+        seed=seed,
+    )
+    row.rounds.append(found)
+    row.answers.append([])
 
 
 def compare(options: argparse.Namespace) -> Iterator[Row]:
     """All servers on the same rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        servers = commands(options, Path(folder))
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        if options.vllm_python:
+            export_folder("smollm2-135m", folder)
+        servers = commands(options, folder)
         rows = {name: Row(name) for name in servers}
         for turn in range(options.rounds):
-            for name in list(servers)[:: 1 if turn % 2 else -1]:
+            seed = options.seed + turn
+            for name in list(servers)[:: 1 if seed % 2 else -1]:
+                row = rows[name]
                 with started(name, servers[name]) as process:
-                    warm = chats(2, documents=1, words=30, turns=1, new=4, seed=10_000 + turn)
-                    measure(process, warm, 1)
-                    load, cpu = measure(process, work(options, turn), options.clients)
-                    rows[name].rounds.append(load.summary() | {"cpu_seconds": cpu})
-                    rows[name].answers.append(answers(load))
-                    for error in {sample.error for sample in load.samples if sample.error}:
-                        print(f"{name}: {error}")
+                    warm = chats(2, documents=1, words=30, turns=1, new=4, seed=10_000 + seed)
+                    asyncio.run(run_load(process.url, process.model, warm, 1))
+                    before = process.usage().cpu_seconds
+                    if options.public:
+                        public_round(process, row, options, seed, folder)
+                    else:
+                        own_round(process, row, options, seed)
+                    row.rounds[-1]["cpu_seconds"] = process.usage().cpu_seconds - before
+                print(f"{name}, seed {seed}: {json.dumps(row.rounds[-1])}", flush=True)
         yield from rows.values()
 
 
@@ -129,14 +161,17 @@ def show(rows: Sequence[Row], options: argparse.Namespace, about: dict[str, Any]
         table.add_column(column, justify="right")
     table.add_column("same answers", justify="right")
     for row in rows:
-        cells = [
-            f"{row.best[key]:.0%}" if key == "cached_share" else f"{row.best[key]:.1f}"
-            for key in COLUMNS
-        ]
-        table.add_row(row.name, *cells, f"{same(row, rows[0]):.0%}")
+        cells = [_cell(key, row.best.get(key)) for key in COLUMNS]
+        table.add_row(row.name, *cells, "" if options.public else f"{same(row, rows[0]):.0%}")
     console = Console(width=140)
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0%}" if key == "cached_share" else f"{value:.1f}"
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
@@ -188,9 +223,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6000, help="of 16 tokens, of our KV pool")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vllm-python", default="", help="python of an environment with vllm")
+    parser.add_argument("--public", action="store_true", help="load of `vllm bench serve`")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    parser.add_argument(
+        "--only", nargs="*", metavar="SERVER", help="of sageLLM, unplanned, vllm-cpu"
+    )
     parser.add_argument("--soak", type=int, default=0, help="instead: so many short requests")
     parser.add_argument("--json", type=Path, help="write all rounds to this file")
     options = parser.parse_args()
+    if options.public and not options.vllm_python:
+        parser.error("--public needs --vllm-python")
     about = describe("torch", "fastapi", "uvicorn", "openai")
     if options.soak:
         result = soak(options)

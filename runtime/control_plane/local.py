@@ -109,9 +109,14 @@ class _Start:
 
 
 def _usage(end: StreamEnd, done: int) -> Usage:
-    """Of the whole answer, whose first `done` tokens the engine took as prompt."""
     answer = end.response
-    return Usage(answer.prompt_tokens - done, len(answer.tokens) + done, answer.cached_tokens)
+    found = Usage(
+        answer.prompt_tokens,
+        len(answer.tokens),
+        answer.cached_tokens,
+        answer.metrics.kv_used_bytes,
+    )
+    return found.without(done)
 
 
 def resume_at(tokenizer: ServingTokenizer, tokens: Sequence[int], sent: str) -> tuple[int, int]:

@@ -20,6 +20,14 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose KV was there already."""
+    kv_bytes: int = 0
+    """Of its KV at the end; 0 where the engine does not tell."""
+
+    def without(self, done: int) -> "Usage":
+        """Of the whole answer, whose first `done` tokens the engine took as prompt."""
+        prompt = max(0, self.prompt_tokens - done)
+        made = self.completion_tokens + done
+        return Usage(prompt, made, min(self.cached_tokens, prompt), self.kv_bytes)
 
 
 @frozen

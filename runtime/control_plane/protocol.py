@@ -189,6 +189,7 @@ class Recorder:
             peak_mem_mb=_peak_mib(),
             error_rate=0.0,
             kv_used_tokens=usage.prompt_tokens + usage.completion_tokens if usage else 0,
+            kv_used_bytes=usage.kv_bytes if usage else 0,
             prefix_hit_rate=usage.cached_tokens / usage.prompt_tokens
             if usage and usage.prompt_tokens
             else 0.0,

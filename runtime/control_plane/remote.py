@@ -192,7 +192,7 @@ def _usage(found: Mapping[str, Any] | None, done: int) -> Usage | None:
         return None
     details = found.get("prompt_tokens_details") or {}
     return Usage(
-        found.get("prompt_tokens", 0) - done,
-        found.get("completion_tokens", 0) + done,
+        found.get("prompt_tokens", 0),
+        found.get("completion_tokens", 0),
         details.get("cached_tokens") or 0,
-    )
+    ).without(done)

@@ -87,6 +87,21 @@ def test_the_answer_goes_on_where_it_stopped(request_: Request, after: int) -> N
     asyncio.run(run())
 
 
+def test_what_a_second_engine_had_cached_is_of_the_prompt_only() -> None:
+    """It took the answer so far as prompt, and may hold that too: more than the whole prompt."""
+
+    async def run() -> None:
+        request, start = ask("r", "Once"), "Once"
+        async with tiny_member("a") as a, tiny_member("b") as b:
+            await answer(Fleet(b), ask("q", start + expected(request), 2))
+            _, _, last = await answer(Fleet(Dies(a, 20), b), request)
+            assert last.usage is not None
+            assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(start), 24)
+            assert last.usage.cached_tokens == len(start)
+
+    asyncio.run(run())
+
+
 def test_two_engines_in_a_row_may_fail() -> None:
     async def run() -> None:
         async with tiny_member("a") as a, tiny_member("b") as b, tiny_member("c") as c:

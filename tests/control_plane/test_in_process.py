@@ -58,6 +58,7 @@ def test_request_and_metrics_survive() -> None:
                 assert answer.prompt_tokens == len(prompt)
                 assert answer.metrics.prefix_hit_rate >= hit
                 assert answer.metrics.ttft_ms > 0
+                assert answer.metrics.kv_used_bytes > 0
 
     asyncio.run(run())
 

@@ -1,12 +1,13 @@
 """A server process that gets SIGTERM: what runs finishes, what comes is sent away, it exits with 0."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -75,52 +76,54 @@ def process(request: pytest.FixtureRequest) -> Iterator[Process]:
         found.process.wait()
 
 
-def begin(process: Process, tokens: int) -> tuple[threading.Thread, list[httpx.Response]]:
-    """Ask for an answer, and return once it is being made."""
-    answers: list[httpx.Response] = []
-
-    def post() -> None:
-        body = {"prompt": "x", "max_tokens": tokens}
-        try:
-            answers.append(httpx.post(f"{process.url}/v1/completions", json=body, timeout=60))
-        except httpx.HTTPError:
-            return
-
-    thread = threading.Thread(target=post)
-    thread.start()
-    while not httpx.get(f"{process.url}/info").json()["load"]["running"]:
-        assert not answers, answers[0].text
-        time.sleep(0.005)
-    return thread, answers
+@contextmanager
+def answering(process: Process, tokens: int) -> Iterator[Iterator[str]]:
+    """The events of an answer that is being made: its first token has come."""
+    body = {"prompt": "x", "max_tokens": tokens, "stream": True}
+    with httpx.stream("POST", f"{process.url}/v1/completions", json=body, timeout=60) as reply:
+        events = (line for line in reply.iter_lines() if line)
+        assert "text" in next(events)
+        yield events
 
 
 def test_running_requests_finish_and_new_ones_are_sent_away(process: Process) -> None:
-    thread, answers = begin(process, 1000)
-    process.terminate()
-    assert process.line() == "left"
-    with httpx.Client(base_url=process.url) as http:
-        ready = http.get("/ready")
-        assert ready.status_code == 503
-        assert ready.headers["Retry-After"]
-        late = http.post("/v1/completions", json={"prompt": "late"})
-        assert late.status_code == 503
-        assert late.json()["error"]["code"] == "engine_draining"
-        assert http.get("/health").status_code == 200
-    thread.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 1000
+    with answering(process, 1000) as events:
+        process.terminate()
+        assert process.line() == "left"
+        with httpx.Client(base_url=process.url) as http:
+            ready = http.get("/ready")
+            assert ready.status_code == 503
+            assert ready.headers["Retry-After"]
+            late = http.post("/v1/completions", json={"prompt": "late"})
+            assert late.status_code == 503
+            assert late.json()["error"]["code"] == "engine_draining"
+            assert http.get("/health").status_code == 200
+        *_, closing, done = events
+    assert (json.loads(closing[6:])["choices"][0]["finish_reason"], done) == (
+        "length",
+        "data: [DONE]",
+    )
     assert process.rest() == "ended\n"
     assert process.process.returncode == 0
 
 
 @pytest.mark.parametrize("process", [0.1], indirect=True)
-def test_draining_ends_after_its_time(process: Process) -> None:
-    thread, answers = begin(process, 1000)
-    process.terminate()
+def test_draining_ends_after_its_time_and_says_so(process: Process) -> None:
+    """The clients hear why their answers end, however slow the machine is."""
+    heard = list[str]()
+    with ThreadPoolExecutor(1) as pool, answering(process, 1000) as events:
+        body = {"prompt": "x", "max_tokens": 1000}
+        whole = pool.submit(httpx.post, f"{process.url}/v1/completions", json=body, timeout=60)
+        while httpx.get(f"{process.url}/info").json()["load"]["running"] < 2:
+            assert not whole.done(), whole.result().text
+        process.terminate()
+        with pytest.raises(httpx.RemoteProtocolError):  # a stream that cannot go on has no end
+            heard.extend(events)
     rest = process.rest()
-    thread.join()
-    assert answers[0].status_code == 503
-    assert answers[0].json()["error"]["code"] == "engine_draining"
-    assert "1 requests unfinished" in rest
+    assert "2 requests unfinished" in rest
     assert rest.endswith("ended\n")
     assert "Traceback" not in rest
     assert process.process.returncode == 0
+    assert json.loads(heard[-1][6:])["error"]["code"] == "engine_draining"
+    assert whole.result().status_code == 503
+    assert whole.result().json()["error"]["code"] == "engine_draining"

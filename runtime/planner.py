@@ -109,6 +109,8 @@ class OnlinePlanner:
         self._fragment: Fragment | None = None
         self._spent: dict[str, None] = {}
         """Requests that the last steps gave all their planned tokens."""
+        self._fresh = False
+        """Whether something has come since the last compilation."""
         self._full = False
         """Whether those that wait cannot start until something ends or comes."""
         self._sums: tuple[Collective, ...] = ()
@@ -139,7 +141,7 @@ class OnlinePlanner:
             raise _refused(request, f"it needs KV of {need} tokens, and the pool holds {room}")
         self._requests.add(request, tokens)
         self._hidden.add(request.id)
-        self._full = False
+        self._fresh, self._full = True, False
         if self._fragment is not None and self._is_urgent(request):
             self._close()
 
@@ -186,6 +188,8 @@ class OnlinePlanner:
         """
         if self._spent:
             self._settle(answered)
+        if self._is_early():
+            self._close()
         step = self._planned()
         if step is None and self._may_start():
             self._new_epoch()
@@ -251,8 +255,8 @@ class OnlinePlanner:
         """Whether to compile now, rather than let the batch decode on.
 
         A prefill now, and another one for what comes during the next decode step, keep the rows of
-        the batch waiting for one forward more; a prefill after that step keeps those that wait now
-        waiting for the step. The larger sum of seconds decides.
+        the batch waiting for one decision more, which costs about two forwards; a prefill after that
+        step keeps those that wait now waiting for the step. The larger sum of seconds decides.
         """
         under_way = len(self._rows) - len(self._batch) - len(self._spent)
         waiting = len(self._requests.waiting) - len(self._hidden)
@@ -260,8 +264,18 @@ class OnlinePlanner:
             return False
         if under_way or not self._rested:
             return under_way > 0 or (self._seats() > 0 and not self._full)
-        urgent = waiting * self.target.max_loops >= len(self._batch)
+        urgent = waiting * self.target.max_loops >= 2 * len(self._batch)
         return urgent and self._seats() > 0 and not self._full
+
+    def _is_early(self) -> bool:
+        """Whether the fragment was compiled before something came that could run in its first step.
+
+        A prefill more, for what came too late, costs the batch more than compiling again.
+        """
+        fragment = self._fragment
+        if fragment is None or fragment.position or not self._fresh or self._hidden:
+            return False
+        return len(fragment.decls) < min(self._seats(), self._window)
 
     def _seats(self) -> int:
         return min(self.target.max_batch, self.target.max_tokens) - len(self._batch)
@@ -274,6 +288,7 @@ class OnlinePlanner:
         the rest is computed again.
         """
         self._requests.tidy(self._ledger)
+        self._fresh = False
         jobs = [
             row.job
             for name, row in self._rows.items()

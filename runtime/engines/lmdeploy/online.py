@@ -93,7 +93,8 @@ class OnlineSource:
         come, gone = self._requests.refresh()
         for seen in gone:
             self._over.discard(seen.seq.seq_id)
-            self.planner.end(seen.id)
+            over = seen.seq.status in ENDED
+            self.planner.end(seen.id, seen.seq.all_ids if over else None)
         for seen in come:
             self._over.discard(seen.seq.seq_id)
             self._submit(seen)

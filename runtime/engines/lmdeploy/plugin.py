@@ -24,6 +24,9 @@ __all__ = ["attach", "base_target", "prepare"]
 
 logger = logging.getLogger(__name__)
 
+_WINDOW = 64
+"""Requests of one compilation: more are compiled while the prefills of the first are in flight."""
+
 
 def attach(role: str, engine: Any = None) -> PlanDriver | None:
     """LMDeploy calls this (patch 0001): in each process, and when an engine has been made.
@@ -37,7 +40,7 @@ def attach(role: str, engine: Any = None) -> PlanDriver | None:
         return None
     names = Names()
     target = target_of(engine, base_target(config))
-    planner = OnlinePlanner(target, config.engine.pipeline, outlast=True)
+    planner = OnlinePlanner(target, config.engine.pipeline, window=_WINDOW, outlast=True)
     source = OnlineSource(planner, engine.scheduler, names)
     try:
         return PlanDriver(engine, source, names)

@@ -1,0 +1,103 @@
+"""LMDeploy under the online planner: what arrives while answers are decoded, and what is shared later."""
+
+import asyncio
+from typing import Any
+
+from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
+from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
+from sagellm_ir.runtime.engines.lmdeploy.view import Names
+from sagellm_ir.runtime.planner import OnlinePlanner
+from tests.lmdeploy.cpu import BLOCK, ask, engine, oracle, run
+
+SHARED = list(range(100, 100 + 8 * BLOCK))
+LOOPS = 16
+
+
+def drive(eng: Any) -> PlanDriver:
+    names = Names()
+    planner = OnlinePlanner(target_of(eng), window=64, outlast=True)
+    return PlanDriver(eng, OnlineSource(planner, eng.scheduler, names), names)
+
+
+def arrivals(planned: bool, count: int = 24, every: int = 6) -> list[dict[str, Any]]:
+    """The decisions when one more request of 100 tokens to come arrives every so many decode forwards."""
+    eng = engine(num_gpu_blocks=1024, max_batch_size=64)
+    driver = drive(eng) if planned else None
+    forwards = 0
+
+    async def work() -> list[list[int]]:
+        nonlocal forwards
+        came, told = asyncio.Condition(), set[asyncio.Task[None]]()
+
+        async def tell() -> None:
+            async with came:
+                came.notify_all()
+
+        def count_up() -> None:
+            nonlocal forwards
+            last = eng.executor.trace[-1]
+            forwards += last["loops"] if last["decode"] else 0
+            told.add(asyncio.ensure_future(tell()))
+
+        async def client(number: int) -> list[int]:
+            async with came:
+                await came.wait_for(lambda: forwards >= number * every)
+            shared = SHARED if number % 2 else []
+            return await ask(eng, number + 1, [*shared, *[number + 3] * 40], 100)
+
+        eng.executor.on_forward = count_up
+        return await asyncio.gather(*map(client, range(count)))
+
+    answers = run(work)
+    for number, answer in enumerate(answers):
+        shared = SHARED if number % 2 else []
+        assert answer == oracle([*shared, *[number + 3] * 40], 100)
+    assert driver is None or (driver.unplanned, driver.rejected) == (0, [])
+    return list(eng.executor.trace)
+
+
+def test_arrivals_are_gathered_while_a_decode_step_runs_as_stock_gathers_them() -> None:
+    stock, planned = arrivals(planned=False), arrivals(planned=True)
+    for trace in (stock, planned):
+        decodes = [step["loops"] for step in trace if step["decode"]]
+        # However often something arrives or ends, a decode decision covers its 16 forwards.
+        assert set(decodes[:-2]) == {LOOPS}
+    prefills = [sum(not step["decode"] for step in trace) for trace in (stock, planned)]
+    assert prefills[1] <= prefills[0] < 24
+    rows = [
+        sum(len(step["tokens"]) for step in trace if not step["decode"]) for trace in (planned,)
+    ]
+    assert rows == [24]  # Each prompt in one piece.
+
+
+def test_decodes_run_between_prefills_of_a_steady_stream() -> None:
+    """A lone arrival does not keep many rows from decoding two prefills in a row."""
+    trace = arrivals(planned=True, count=40, every=2)
+    kinds = "".join("d" if step["decode"] else "p" for step in trace)
+    assert "ppp" not in kinds.lstrip("p")
+
+
+def test_the_next_turn_finds_the_answer_of_the_turn_before() -> None:
+    eng = engine()
+    driver = drive(eng)
+    first = [*SHARED, *[7] * 20]
+
+    async def work() -> list[int]:
+        answer = await ask(eng, 1, first, 3 * BLOCK)
+        assert answer == oracle(first, 3 * BLOCK)
+        return [*first, *answer, *[9] * 10]
+
+    async def talk() -> None:
+        second = await work()
+        assert await ask(eng, 2, second, 4) == oracle(second, 4)
+
+    run(talk)
+    prefills = [step for step in eng.executor.trace if not step["decode"]]
+    known = len(first) + 3 * BLOCK - 1  # The newest token has no KV.
+    [history] = prefills[-1]["history"]
+    assert history == known // BLOCK * BLOCK
+    source = driver.source
+    assert isinstance(source, OnlineSource)
+    assert source.planner.plan is not None
+    [chunk] = source.planner.plan.steps[0].prefill
+    assert chunk.start == history  # The planner knew.

@@ -65,10 +65,6 @@ class EngineChoice:
         """vLLM itself is loaded when the target is known."""
         from sagellm_ir.runtime.engines.embedded.load import DTYPES, open_model
 
-        if schema != type(schema)():
-            raise SageIRError(
-                Diagnostic("vLLM keeps KV in the model's type", help="leave out --kv-schema")
-            )
         if self.dtype not in DTYPES:
             raise SageIRError(Diagnostic(f"unknown dtype {self.dtype!r}"))
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers
@@ -79,10 +75,11 @@ class EngineChoice:
             from sagellm_ir.runtime.engines.vllm.load import make_engine
 
             with model_folder(name, self.dtype) as folder:
-                engine = make_engine(folder, target, dtype=self.dtype)
+                engine = make_engine(folder, target, dtype=self.dtype, kv_schema=schema)
             return VLLMBackendAdapter(engine, stop_at_eos=not self.ignore_eos)
 
-        return open_model(name)[0].spec(DTYPES[self.dtype].itemsize), make
+        shape = open_model(name)[0].spec(DTYPES[self.dtype].itemsize)
+        return schema.fit(shape, self.dtype), make
 
 
 @contextmanager

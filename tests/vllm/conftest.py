@@ -58,3 +58,9 @@ def pytest_pycollect_makemodule(
 ) -> pytest.Module | None:
     """Skip with a reason instead of failing to import."""
     return Missing.from_parent(parent, path=module_path) if missing(module_path) else None
+
+
+if not missing(Path("test_contract.py")):
+    from tests.vllm.fixtures import asked, expected, folder, loaded
+
+    __all__ = ["asked", "expected", "folder", "loaded"]

@@ -66,16 +66,16 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def default_answers(
-    folder: Path, asked: Iterable[tuple[Request, SamplingParams]]
+    folder: Path, asked: Iterable[tuple[Request, SamplingParams]], **more: Any
 ) -> dict[str, Any]:
     """What vLLM answers by itself: its own scheduler, its own prefix caching; outputs by request.
 
-    Those that are sampled run alone: vLLM 0.27 loses seeds in mixed batches.
+    `more` settings are its own. Those that are sampled run alone: vLLM 0.27 loses seeds in mixed batches.
     """
     pairs = list(asked)
     greedy = [pair for pair in pairs if pair[1].temperature == 0]
     with _environment():
-        engine = LLM(**settings(folder))
+        engine = LLM(**settings(folder, **more))
         found: dict[str, Any] = {}
         for batch in (greedy, *([pair] for pair in pairs if pair not in greedy)):
             prompts = [{"prompt_token_ids": list(tokens_of(request))} for request, _ in batch]

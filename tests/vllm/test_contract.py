@@ -1,106 +1,34 @@
 """Real vLLM under plans answers what default vLLM answers: SmolLM2, fp32, greedy."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import evolve
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.compiler import compile_requests
 from sagellm_ir.lowering.plan import KVMove, PlanRequest, PlanStep
 from sagellm_ir.lowering.serial import load_plan, save_plan
 from sagellm_ir.passes.pipeline import PRESETS
-from sagellm_ir.request import Request, Sampling
+from sagellm_ir.request import Request, Sampling, TokenPrompt
 from sagellm_ir.runtime.backend import EngineView, InferenceBackend, TokenEvent
-from sagellm_ir.runtime.engines import LoadedBackend, load_backend
+from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
-from sagellm_ir.runtime.engines.embedded.export import export_folder
 from sagellm_ir.runtime.engines.simulator import SimulatorEngine
-from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
-from sagellm_ir.runtime.engines.vllm.versions import TESTED_VERSIONS, check_version
+from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
 from sagellm_ir.runtime.planner import OnlinePlanner
-from sagellm_ir.runtime.running import Answer, RunReport, run_plan
+from sagellm_ir.runtime.running import Answer, run_plan
 from sagellm_ir.runtime.trace import Trace, Traced, differences
+from tests.vllm.fixtures import FRONT, SAMPLED, Answers, run, theirs, tokens
 from tests.vllm.real import (
-    OVERRIDES,
-    default_answers,
-    pad_heads,
-    settings,
     tokens_of,
     workload,
 )
 
-FRONT = "canonicalize,prefix-dedup,kv-reuse,chunk-prefill,disaggregate,schedule"
 POLICIES = ("belady", "lru", "lfu", "fifo", "cost")
-Answers = dict[str, list[int]]
-SAMPLED = {
-    "seeded": Sampling(temperature=2.0, top_p=0.99, top_k=200, seed=11),
-    "stopped": Sampling(stop=(" the", "France")),
-    "greedy": Sampling(),
-}
-QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_folder("smollm2-135m", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def asked(folder: Path) -> list[tuple[Request, SamplingParams]]:
-    """The workload, and a question under other sampling parameters and stop conditions."""
-    from sagellm_ir.request import TokenPrompt
-    from sagellm_ir.runtime.engines.embedded import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer is not None
-    prompt = TokenPrompt(tuple(tokenizer.encode(QUESTION)))
-    pairs = [
-        (r, SamplingParams(temperature=0, max_tokens=r.max_new_tokens, ignore_eos=True))
-        for r in workload()
-    ]
-    for name, sampling in SAMPLED.items():
-        request = Request(name, prompt=prompt, max_new_tokens=24, sampling=sampling)
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=list(sampling.stop),
-            max_tokens=24,
-        )
-        pairs.append((request, params))
-    return pairs
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path, asked: list[tuple[Request, SamplingParams]]) -> dict[str, Any]:
-    """What default vLLM answers."""
-    return default_answers(folder, asked)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path, expected: object) -> Iterator[LoadedBackend]:
-    """Made after the default engine has ended: vLLM's workers are one a process."""
-    made = load_backend("vllm", str(folder), overrides=OVERRIDES, stop_at_eos=False)
-    yield made
-    made.backend.close()  # type: ignore[attr-defined]
-
-
-def run(loaded: LoadedBackend, pipeline: str) -> RunReport:
-    plan = compile_requests(workload(), loaded.target, pipeline).plan
-    return run_plan(loaded.backend, plan)
-
-
-def tokens(report: RunReport) -> Answers:
-    return {name: answer.tokens for name, answer in report.answers.items()}
-
-
-def theirs(expected: dict[str, Any], names: Iterable[str]) -> Answers:
-    return {name: list(expected[name].token_ids) for name in names}
 
 
 def collect(events: Iterable[TokenEvent]) -> Answers:
@@ -291,51 +219,30 @@ def test_sampling_that_vllm_refuses(loaded: LoadedBackend) -> None:
     loaded.backend.release("x")
 
 
-def test_targets_that_vllm_cannot_run(folder: Path) -> None:
-    for overrides, message in (
-        ({"block_size": 16}, "no multiple of 32"),
-        ({"workers": 2}, "2 workers"),
-    ):
-        with pytest.raises(SageIRError, match=message):
-            load_backend("vllm", str(folder), overrides=overrides)
-
-
-def test_vllms_own_entry_point(
-    loaded: LoadedBackend, folder: Path, expected: dict[str, Any]
-) -> None:
-    """`LLM(scheduler_cls=...)`, planned online: nothing of ours but the scheduler and connector."""
-    loaded.backend.close()  # type: ignore[attr-defined]
-    ours = engine_settings(folder, loaded.target, "float32")
-    keys = ("scheduler_cls", "kv_transfer_config", "async_scheduling")
-    more = {key: ours[key] for key in keys} | {"max_num_seqs": 3, "max_num_batched_tokens": 96}
-    requests = workload()
-    prompts = [{"prompt_token_ids": list(tokens_of(request))} for request in requests]
-    params = [
-        SamplingParams(temperature=0, max_tokens=r.max_new_tokens, ignore_eos=True)
-        for r in requests
-    ]
-    with _environment():
-        engine = LLM(**settings(folder, **more))
-        outputs = engine.generate(prompts, params, use_tqdm=False)
-        core = engine.llm_engine.engine_core
-        prefilled = core.engine_core.scheduler.stats.prefill_tokens
-        core.shutdown()
-    answers = {r.id: list(o.outputs[0].token_ids) for r, o in zip(requests, outputs, strict=True)}
-    assert answers == theirs(expected, answers)
-    assert prefilled < sum(map(len, (tokens_of(r) for r in requests)))
-
-
 @pytest.mark.skipif(
-    check_version() != TESTED_VERSIONS[-1], reason="40 s: with the newest release only"
+    check_version() not in CASCADE, reason="this release's attention has no use for prefix groups"
 )
-def test_two_ranks(folder: Path, expected: dict[str, Any], tmp_path: Path) -> None:
-    """Tensor parallelism: each rank moves its own heads. A padded model, as 9 heads do not halve."""
-    padded = pad_heads(folder, tmp_path / "padded", kv_heads=4)
-    more = {"tp": 2, "device": {"step_overhead": 1e-9}}
-    loaded = load_backend("vllm", str(padded), overrides={**OVERRIDES, **more}, stop_at_eos=False)
-    try:
-        report = run(loaded, f"{FRONT},evict{{policy=lru, spill=always}}")
-    finally:
-        loaded.backend.close()  # type: ignore[attr-defined]
-    assert report.moved_blocks > 0
-    assert tokens(report) == theirs(expected, report.answers)
+def test_groups_reach_the_attention(loaded: LoadedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks its attention about the prefix of the plan's group. On a CPU that declines, always."""
+    backend: Any = loaded.backend
+    assert not backend.capability.prefix_groups
+    runner = backend.engine.collective_rpc(lambda worker: worker.model_runner)[0]
+    builder = runner.attn_groups[0][0].get_metadata_builder()
+    lengths: list[int] = []
+
+    def use_cascade_attention(common_prefix_len: int, **_: Any) -> bool:
+        lengths.append(common_prefix_len)
+        return False
+
+    monkeypatch.setattr(builder, "use_cascade_attention", use_cascade_attention)
+    monkeypatch.setattr(runner, "cascade_attn_enabled", True)
+    monkeypatch.setattr(runner, "num_sms", 1, raising=False)  # what it tells the attention of a GPU
+    monkeypatch.setattr(backend.scheduler, "takes_groups", True)
+    document = tokens_of(workload()[0])[:64]
+    requests = [
+        Request(f"g{at}", prompt=TokenPrompt((*document, 2000 + at)), max_new_tokens=4)
+        for at in range(3)
+    ]
+    plan = compile_requests(requests, loaded.target, "O2").plan
+    run_plan(backend, plan)
+    assert max(lengths) == len(document)

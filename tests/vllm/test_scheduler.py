@@ -12,9 +12,18 @@ from vllm.v1.request import RequestStatus
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.compiler import compile_requests
-from sagellm_ir.lowering.plan import Bind, ExecutionPlan, KVMove, PlanStep, PrefillChunk
+from sagellm_ir.lowering.plan import (
+    Bind,
+    ExecutionPlan,
+    KVMove,
+    PlanStep,
+    PrefillChunk,
+    PrefixGroup,
+)
 from sagellm_ir.passes.pipeline import PRESETS
 from sagellm_ir.request import Request, TokenPrompt
+from sagellm_ir.runtime.engines.vllm.batch import common_blocks
+from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
 from sagellm_ir.runtime.planner import PlanCursor
 from tests.vllm import unit
 from tests.vllm.worker import VOCABULARY, SymbolicWorker, answer
@@ -67,10 +76,15 @@ def tick(scheduler: Any, worker: SymbolicWorker, answers: Answers) -> Any:
 
 
 def drive(
-    plan: ExecutionPlan, requests: list[Request], aborted: frozenset[str] = frozenset()
+    plan: ExecutionPlan,
+    requests: list[Request],
+    aborted: frozenset[str] = frozenset(),
+    scheduler: Any = None,
+    worker: SymbolicWorker | None = None,
 ) -> Any:
     """Run a plan; its answers and the scheduler. `aborted` end before their second forward."""
-    scheduler, worker = unit.make(plan.target), SymbolicWorker(unit.BLOCK)
+    scheduler = scheduler or unit.make(plan.target)
+    worker = worker or SymbolicWorker(unit.BLOCK)
     scheduler.driven, scheduler.source = True, PlanCursor(plan)
     for request in requests:
         made = unit.request(request.id, tokens_of(request), request.max_new_tokens)
@@ -168,6 +182,44 @@ def test_a_request_that_never_fits_is_ended() -> None:
             ends += [(item.request_id, str(item.finish_reason)) for item in client.outputs]
     assert ("huge-internal", "error") in ends
     assert scheduler.get_request_counts() == (0, 0)
+
+
+def test_prefix_groups_reach_vllm() -> None:
+    """Where its attention can use them: the document behind all rows of a decode, and no more."""
+    rng = random.Random(0)
+    document = tuple(rng.randrange(VOCABULARY) for _ in range(5 * unit.BLOCK))
+    requests = [
+        Request(f"r{at}", prompt=TokenPrompt((*document, at, at + 1)), max_new_tokens=5)
+        for at in range(3)
+    ]
+    plan = compile_requests(requests, unit.target(32), "O2").plan
+    assert any(step.groups for step in plan.steps)
+    for cascade in (True, False):
+        scheduler, worker = unit.make(plan.target, cascade), SymbolicWorker(unit.BLOCK)
+        assert scheduler.takes_groups == (cascade and check_version() in CASCADE)
+        drive(plan, requests, scheduler=scheduler, worker=worker)
+        assert max(worker.common) == (5 if scheduler.takes_groups else 0)
+
+
+def test_common_blocks() -> None:
+    """Of groups that cover all rows, from the first token on, without a gap."""
+    rows: Any = [
+        SimpleNamespace(sequence=SimpleNamespace(name=name), start=start)
+        for name, start in (("a", 23), ("b", 40))
+    ]
+    both, one = ("a", "b", "c"), ("a", "c")
+    cases = (
+        (((0, 8, both),), 2),
+        (((0, 8, both), (8, 16, both)), 4),
+        (((0, 8, both), (8, 16, one)), 2),
+        (((8, 16, both),), 0),
+        (((0, 8, one),), 0),
+        (((0, 32, both),), 5),  # the first row has computed 23 tokens
+    )
+    for spans, blocks in cases:
+        groups = [PrefixGroup(*span) for span in spans]
+        assert common_blocks(groups, rows, 4) == blocks
+        assert common_blocks(groups, rows[:1], 4) == 0
 
 
 # Plans that are wrong: the worker sees it, or the scheduler refuses them.

@@ -28,7 +28,7 @@ def target(blocks: int, host: int = 64, tokens: int = 24, batch: int = 3) -> Tar
     )
 
 
-def make(aim: Target, **config: Any) -> PlanScheduler:
+def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
     """The scheduler that vLLM would make for such an engine; `config` changes vLLM's configuration.
 
     Its configuration has the attributes that the scheduler reads.
@@ -46,6 +46,7 @@ def make(aim: Target, **config: Any) -> PlanScheduler:
         model="unit",
         dtype=torch.float32,
         max_model_len=aim.tiers[0].blocks * BLOCK,
+        disable_cascade_attn=not cascade,
         get_head_size=lambda: SPEC.head_dim,
         get_vocab_size=lambda: SPEC.vocab,
     )
@@ -53,7 +54,8 @@ def make(aim: Target, **config: Any) -> PlanScheduler:
     transfer = SimpleNamespace(
         kv_connector="PlanConnector", get_from_extra_config=lambda key, default: others
     )
-    spec = SimpleNamespace(block_size=BLOCK)
+    page = BLOCK * 2 * SPEC.kv_heads * SPEC.head_dim * SPEC.dtype_bytes
+    spec = SimpleNamespace(block_size=BLOCK, num_kv_heads=SPEC.kv_heads, page_size_bytes=page)
     cache = SimpleNamespace(
         num_blocks=aim.tiers[0].blocks + 1, kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]
     )

@@ -6,7 +6,7 @@ which holds anything else fails. Its next token is a function of that hash, so a
 checked too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +63,8 @@ class SymbolicWorker:
         self.block_size = block_size
         self.states: dict[str, _State] = {}
         self.memory: dict[Slot, bytes] = {}
+        self.common: list[int] = []
+        """Of each forward, the leading blocks that all its rows share."""
 
     def run(self, out: Any) -> Any:
         """Carry out a `SchedulerOutput`; what vLLM calls a `ModelRunnerOutput`."""
@@ -77,6 +79,7 @@ class SymbolicWorker:
         self._go_on(out.scheduled_cached_reqs)
         self._copy(out.kv_connector_metadata.copies)
         rows = out.num_scheduled_tokens
+        self._check_common(out.num_common_prefix_blocks[0], rows)
         assert out.total_num_scheduled_tokens == sum(rows.values())
         for name, count in rows.items():  # all rows write before any reads, as each layer does
             self._write(self.states[name], count)
@@ -110,6 +113,13 @@ class SymbolicWorker:
                 self.memory.pop(slot, None)
                 if value is not None:
                     self.memory[slot] = value
+
+    def _check_common(self, common: int, rows: Iterable[str]) -> None:
+        """Blocks that all rows are said to share are, and lie behind all of them."""
+        tables = [self.states[name].blocks[:common] for name in rows]
+        assert all(table == tables[0] and len(table) == common for table in tables)
+        assert all(self.states[name].computed >= common * self.block_size for name in rows)
+        self.common.append(common)
 
     def _slot(self, state: _State, position: int) -> Slot:
         block = state.blocks[position // self.block_size]

@@ -81,10 +81,10 @@ def _go_on(cached: CachedRequestData, row: Row, table: list[int]) -> None:
 def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size: int) -> int:
     """Leading blocks of a prefix that all rows have behind them: what vLLM can use of groups."""
     names = {row.sequence.name for row in rows}
-    behind = min((row.start for row in rows), default=0)
-    stops = [
-        group.stop
-        for group in groups
-        if group.start == 0 and len(rows) > 1 and names <= set(group.requests)
-    ]
-    return min(max(stops, default=0), behind) // block_size
+    if len(names) < 2:
+        return 0
+    stop = 0
+    for group in sorted(groups, key=lambda group: group.start):
+        if group.start <= stop < group.stop and names <= set(group.requests):
+            stop = group.stop
+    return min(stop, *(row.start for row in rows)) // block_size

@@ -22,7 +22,7 @@ from sagellm_ir.runtime.backend import (
 from sagellm_ir.runtime.engines.vllm.blocks import to_plan
 from sagellm_ir.runtime.engines.vllm.connector import worker_tables
 from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
-from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
+from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME, stored_as
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.runtime.trace import Trace, TraceRow
@@ -97,12 +97,12 @@ class VLLMBackendAdapter:
             device=device,
             device_name=current_platform.get_device_name(),
             dtypes=(dtype,),
-            kv_dtypes=({"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype],),
+            kv_dtypes=(stored_as(config),),
             tiers=tuple(tier.name for tier in self.target.tiers),
             block_size_multiple=BLOCK_MULTIPLES.get(device, 16),
             max_model_len=config.model_config.max_model_len,
             max_tp=self.target.tp,
-            prefix_groups=False,
+            prefix_groups=self.scheduler.takes_groups,
             supports_stop_strings=not config.model_config.skip_tokenizer_init,
             # These ignore seeds on a CPU in a batch that holds requests without one.
             supports_seed=device != "cpu" or check_version() not in ("0.26.0", "0.27.0"),

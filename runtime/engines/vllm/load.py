@@ -16,7 +16,9 @@ from sagellm_ir.runtime.engines.embedded import load_tokenizer
 from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
 from sagellm_ir.runtime.engines.vllm.engine import BLOCK_MULTIPLES, VLLMBackendAdapter
-from sagellm_ir.runtime.engines.vllm.versions import check_version
+from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
+from sagellm_ir.runtime.protocols import KVSchemaConfig
+from sagellm_ir.runtime.protocols.kv_native import vllm_kv_cache_dtype
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["engine_settings", "load_vllm", "make_engine"]
@@ -43,37 +45,47 @@ def load_vllm(
     target: str = "vllm-cpu",
     overrides: Mapping[str, Any] | None = None,
     stop_at_eos: bool = True,
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
 ) -> LoadedBackend:
     """A model in vLLM, for `load_backend`.
 
     Args:
         model: a Hugging Face folder, a `.gguf` file, or a packaged model's name.
-        dtype: of weights, activations and KV, by its torch name.
+        dtype: of weights and activations, by its torch name.
         target: a preset or a YAML file: pool, block size, budgets, tensor-parallel ranks. Its model
             is replaced by the real one.
         overrides: fields of the target to change (see `load_target`).
         stop_at_eos: end an answer at the model's end token; else at the planned length.
+        kv_schema: how KV is stored.
 
     Raises:
-        SageIRError: an untested vLLM, a target or a model that it cannot run, or what `load_target`
-            and `load_tokenizer` raise.
+        SageIRError: an untested vLLM, a target, a model or a KV schema that it cannot run, or what
+            `load_target` and `load_tokenizer` raise.
     """
     chosen = load_target(target, **(overrides or {}))
     with model_folder(model, dtype) as folder:
-        engine = make_engine(folder, chosen, dtype=dtype)
+        engine = make_engine(folder, chosen, dtype=dtype, kv_schema=kv_schema)
     backend = VLLMBackendAdapter(engine, stop_at_eos=stop_at_eos)
     spec = evolve(backend.target.model, name=model)
     fitted = evolve(chosen, engine="vllm", model=spec, workers=backend.target.workers)
     return LoadedBackend(backend, fitted, load_tokenizer(model), model)
 
 
-def make_engine(folder: Path, target: Target, *, dtype: str = "float32", **settings: Any) -> Any:
+def make_engine(
+    folder: Path,
+    target: Target,
+    *,
+    dtype: str = "float32",
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    **settings: Any,
+) -> Any:
     """vLLM's `LLMEngine` with `PlanScheduler`, its core in this process.
 
     Args:
         folder: a Hugging Face folder.
         target: pool, block size, budgets, tensor-parallel ranks.
-        dtype: of weights, activations and KV.
+        dtype: of weights and activations.
+        kv_schema: how KV is stored.
         settings: more fields of vLLM's `EngineArgs`.
 
     Raises:
@@ -85,17 +97,20 @@ def make_engine(folder: Path, target: Target, *, dtype: str = "float32", **setti
         from vllm.v1.engine.llm_engine import LLMEngine
 
         try:
-            arguments = EngineArgs(**engine_settings(folder, target, dtype), **settings)
+            ours = engine_settings(folder, target, dtype, kv_schema)
+            arguments = EngineArgs(**ours, **settings)
             return LLMEngine.from_engine_args(arguments)
         except ValueError as error:
             raise SageIRError(Diagnostic(f"vLLM cannot run {str(folder)!r}: {error}")) from error
 
 
-def engine_settings(folder: Path, target: Target, dtype: str) -> dict[str, Any]:
+def engine_settings(
+    folder: Path, target: Target, dtype: str, kv_schema: KVSchemaConfig = KVSchemaConfig()
+) -> dict[str, Any]:
     """The fields of vLLM's `EngineArgs` that make it the engine of a target.
 
     Raises:
-        SageIRError: vLLM cannot run such a target.
+        SageIRError: vLLM cannot run such a target, or store KV like that.
     """
     from transformers import AutoConfig
     from vllm.config import KVTransferConfig
@@ -105,6 +120,7 @@ def engine_settings(folder: Path, target: Target, dtype: str) -> dict[str, Any]:
     pool = _device_blocks(target, BLOCK_MULTIPLES.get(device, 16))
     config = AutoConfig.from_pretrained(folder)
     longest = min(config.max_position_embeddings, pool * target.block_size)
+    cascade = check_version() in CASCADE and device != "cpu"
     return {
         "model": str(folder),
         "dtype": dtype,
@@ -113,12 +129,14 @@ def engine_settings(folder: Path, target: Target, dtype: str) -> dict[str, Any]:
         "block_size": target.block_size,
         "num_gpu_blocks_override": pool + NULL_BLOCKS,
         "kv_cache_memory_bytes": (pool + NULL_BLOCKS) * _block_bytes(config, target, dtype),
+        "kv_cache_dtype": vllm_kv_cache_dtype(kv_schema, dtype, device),
         "max_num_seqs": target.max_batch,
         "max_num_batched_tokens": target.max_tokens,
         "tensor_parallel_size": target.tp,
         "distributed_executor_backend": "mp" if target.tp > 1 else "uni",
         "enable_prefix_caching": False,  # sharing is the plan's
         "async_scheduling": False,
+        **({"disable_cascade_attn": False} if cascade else {}),  # the plan's prefix groups
         "enforce_eager": device == "cpu",
         "disable_log_stats": True,
         "scheduler_cls": SCHEDULER,
@@ -134,7 +152,7 @@ def engine_settings(folder: Path, target: Target, dtype: str) -> dict[str, Any]:
 
 
 def _block_bytes(config: Any, target: Target, dtype: str) -> int:
-    """Bytes of a KV block in one rank, over all layers."""
+    """Bytes of a KV block in one rank, over all layers, in the model's type: the most it can be."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     elements = 2 * config.num_hidden_layers * max(heads // target.tp, 1) * width * target.block_size

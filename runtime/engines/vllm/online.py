@@ -6,7 +6,7 @@ from typing import Any
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import EngineView
-from sagellm_ir.runtime.engines.vllm.targets import SESSION
+from sagellm_ir.runtime.engines.vllm.targets import SESSION, option
 from sagellm_ir.runtime.planner import OnlinePlanner
 
 __all__ = ["OnlineSource"]
@@ -33,8 +33,7 @@ class OnlineSource:
         Raises:
             SageIRError: the pipeline cannot be parsed.
         """
-        options = vllm_config.additional_config or {}
-        pipeline = options.get("sagellm_pipeline", "O2") if isinstance(options, dict) else "O2"
+        pipeline = option(vllm_config, "sagellm_pipeline", "O2")
         return cls(OnlinePlanner(scheduler.target, pipeline), scheduler.sequences)
 
     def next_step(self, view: EngineView) -> PlanStep | None:

@@ -22,7 +22,7 @@ from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
 from sagellm_ir.runtime.engines.vllm.connector import Copy
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
 from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
-from sagellm_ir.runtime.engines.vllm.targets import plan_name, target_of
+from sagellm_ir.runtime.engines.vllm.targets import plan_name, takes_groups, target_of
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.target import DEVICE
 
@@ -57,6 +57,8 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
     ) -> None:
         check_version()
         self.target = target_of(vllm_config, kv_cache_config)
+        self.takes_groups = takes_groups(vllm_config)
+        """Whether vLLM is told of prefixes that all rows share."""
         self.connector = self.ec_connector = None
         self.kv_cache_config = kv_cache_config
         capacity = {tier.name: tier.blocks for tier in self.target.tiers}
@@ -100,7 +102,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         rows = self._next_rows()
         copies, self._copies = self._copies, []
         gone, self._gone = self._gone, set()
-        groups = self._step.groups if self._step else ()
+        groups = self._step.groups if self._step and self.takes_groups else ()
         common = common_blocks(groups, rows, self.target.block_size)
         self._flight = self.ran = rows
         prefill = sum(row.stop - row.start for row in rows if not row.decode)

@@ -5,15 +5,35 @@ from typing import Any
 from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
+from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
+from sagellm_ir.runtime.protocols.kv_schema import kv_dtype_of
 from sagellm_ir.target import DEVICE, ModelSpec, Target, Tier, Worker
 
-__all__ = ["PLAN_NAME", "SESSION", "WORKER", "plan_name", "spec_of", "target_of"]
+__all__ = [
+    "PLAN_NAME",
+    "SESSION",
+    "WORKER",
+    "option",
+    "plan_name",
+    "spec_of",
+    "stored_as",
+    "takes_groups",
+    "target_of",
+]
 
 WORKER = "w0"
 """One vLLM engine is one worker."""
 PLAN_NAME = "sagellm_request"
 """Key of `SamplingParams.extra_args` with the name that plans use for a request."""
+_STORED = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "fp8": "fp8_e4m3",
+    "fp8_per_token_head": "fp8_e4m3",
+    "int8_per_token_head": "int8",
+}
 SESSION = "sagellm_session"
 """Key of `SamplingParams.extra_args` with the session of a request."""
 
@@ -24,46 +44,74 @@ def plan_name(request: Any) -> str:
     return str(extra.get(PLAN_NAME, request.request_id))
 
 
-def spec_of(model_config: Any) -> ModelSpec:
-    """The shape of vLLM's model, over all tensor-parallel ranks."""
+def option(vllm_config: Any, name: str, default: str) -> str:
+    """One of ours in vLLM's `additional_config`."""
+    options = vllm_config.additional_config or {}
+    return str(options.get(name, default)) if isinstance(options, dict) else default
+
+
+def takes_groups(vllm_config: Any) -> bool:
+    """Whether vLLM's attention can use that all rows of a forward share a prefix (cascade attention)."""
+    return check_version() in CASCADE and not vllm_config.model_config.disable_cascade_attn
+
+
+def stored_as(vllm_config: Any) -> str:
+    """The type that KV is stored in, by the name that KV schemas use."""
+    name = vllm_config.cache_config.cache_dtype
+    model = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return kv_dtype_of(model) if name == "auto" else _STORED.get(name, name)
+
+
+def spec_of(model_config: Any, cache: Any) -> ModelSpec:
+    """The shape of vLLM's model over all tensor-parallel ranks; `cache` is its KV cache's spec."""
     text = model_config.hf_text_config
     heads = text.num_attention_heads
+    width, size = model_config.get_head_size(), model_config.dtype.itemsize
+    stored = cache.page_size_bytes // (2 * cache.num_kv_heads * cache.block_size)
     return ModelSpec(
         name=str(model_config.served_model_name or model_config.model),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=model_config.get_head_size(),
+        head_dim=width,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocab=model_config.get_vocab_size(),
-        dtype_bytes=model_config.dtype.itemsize,
+        dtype_bytes=size,
+        kv_head_bytes=0 if stored == width * size else stored,
     )
 
 
-def target_of(vllm_config: Any, kv_cache_config: Any, base: Target | None = None) -> Target:
-    """The target that a vLLM engine is; speeds come from `base` (a preset of its device).
+def target_of(vllm_config: Any, kv_cache_config: Any) -> Target:
+    """The target that a vLLM engine is.
+
+    Speeds, which decide what is shared, moved or computed again, come from the preset (or file) that
+    `--additional-config '{"sagellm_target": "h100"}'` names; without one, from its device's.
 
     Raises:
-        SageIRError: plans cannot drive such an engine.
+        SageIRError: plans cannot drive such an engine, or there is no such target.
     """
     _check(vllm_config, kv_cache_config)
-    base = base or Target()
+    from vllm.platforms import current_platform
+
+    usual = "vllm-cpu" if current_platform.device_type == "cpu" else "h100"
+    base = load_target(option(vllm_config, "sagellm_target", usual))
     scheduler = vllm_config.scheduler_config
+    cache = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     tiers = [evolve(_tier(base, DEVICE), blocks=kv_cache_config.num_blocks - NULL_BLOCKS)]
     transfer = vllm_config.kv_transfer_config
     others = transfer.get_from_extra_config("tiers", {}) if transfer else {}
     tiers += [evolve(_tier(base, name), blocks=blocks) for name, blocks in others.items()]
     return evolve(
         base,
-        name=f"vllm-{base.name}",
+        name=base.name,
         engine="vllm",
-        block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+        block_size=cache.block_size,
         max_tokens=scheduler.max_num_batched_tokens,
         max_batch=scheduler.max_num_seqs,
         tp=vllm_config.parallel_config.tensor_parallel_size,
         mixed=True,
-        model=spec_of(vllm_config.model_config),
+        model=spec_of(vllm_config.model_config, cache),
         tiers=tuple(tiers),
         workers=(Worker(WORKER),),
     )

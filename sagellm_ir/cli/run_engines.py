@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from attrs import frozen
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "EngineChoice", "MakeEngine", "opened"]
 
-ENGINES = ("embedded", "simulator", "vllm")
+ENGINES = ("embedded", "simulator", "vllm", "lmdeploy")
 MakeEngine: TypeAlias = "Callable[[Target], InferenceBackend]"
 
 
@@ -52,7 +53,9 @@ class EngineChoice:
         find_backend(self.kind).require()
         name = self.model or shape.name
         with shared.working(f"loading {name}"):
-            return self._vllm(name, schema) if self.kind == "vllm" else self._embedded(name, schema)
+            if self.kind == "embedded":
+                return self._embedded(name, schema)
+            return self._of_others(name, schema)
 
     def _embedded(self, name: str, schema: "KVSchemaConfig") -> tuple[ModelSpec, MakeEngine]:
         from sagellm_ir.runtime.engines.embedded import EmbeddedEngine, load_model
@@ -61,8 +64,8 @@ class EngineChoice:
         make = partial(EmbeddedEngine, loaded, kv_schema=schema, stop_at_eos=not self.ignore_eos)
         return schema.fit(loaded.spec, loaded.dtype_name), make
 
-    def _vllm(self, name: str, schema: "KVSchemaConfig") -> tuple[ModelSpec, MakeEngine]:
-        """vLLM itself is loaded when the target is known."""
+    def _of_others(self, name: str, schema: "KVSchemaConfig") -> tuple[ModelSpec, MakeEngine]:
+        """vLLM and LMDeploy are loaded when the target is known."""
         from sagellm_ir.runtime.engines.embedded.load import DTYPES, open_model
 
         if self.dtype not in DTYPES:
@@ -71,15 +74,31 @@ class EngineChoice:
 
         def make(target: Target) -> "InferenceBackend":
             from sagellm_ir.runtime.engines.embedded.export import model_folder
-            from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
-            from sagellm_ir.runtime.engines.vllm.load import make_engine
 
             with model_folder(name, self.dtype) as folder:
-                engine = make_engine(folder, target, dtype=self.dtype, kv_schema=schema)
-            return VLLMBackendAdapter(engine, stop_at_eos=not self.ignore_eos)
+                if self.kind == "vllm":
+                    return self._vllm(folder, target, schema)
+                return self._lmdeploy(folder, target, schema)
 
         shape = open_model(name)[0].spec(DTYPES[self.dtype].itemsize)
         return schema.fit(shape, self.dtype), make
+
+    def _vllm(self, folder: Path, target: Target, schema: "KVSchemaConfig") -> "InferenceBackend":
+        from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
+        from sagellm_ir.runtime.engines.vllm.load import make_engine
+
+        engine = make_engine(folder, target, dtype=self.dtype, kv_schema=schema)
+        return VLLMBackendAdapter(engine, stop_at_eos=not self.ignore_eos)
+
+    def _lmdeploy(
+        self, folder: Path, target: Target, schema: "KVSchemaConfig"
+    ) -> "InferenceBackend":
+        from sagellm_ir.runtime.engines.lmdeploy.load import load_engine
+
+        engine: InferenceBackend = load_engine(
+            folder, target, self.dtype, stop_at_eos=not self.ignore_eos, kv_schema=schema
+        )
+        return engine
 
 
 @contextmanager

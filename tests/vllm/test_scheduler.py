@@ -171,6 +171,24 @@ def test_tenants_share_nothing() -> None:
     assert computed["a", "b"] == 2 * (len(prompt) + 1)
 
 
+def test_the_next_turn_computes_what_is_new() -> None:
+    """Blocks of an answer are found again, as default vLLM finds them."""
+    scheduler, worker = unit.make(unit.target(32)), SymbolicWorker(unit.BLOCK)
+    text, computed = tuple(range(3 * unit.BLOCK)), []
+    for turn, more in enumerate(((), (7, 8, 9))):
+        text += more
+        answers: Answers = {}
+        before = scheduler.stats.prefill_tokens
+        scheduler.add_request(unit.request(f"turn{turn}", text, 9))
+        while scheduler.has_requests():
+            tick(scheduler, worker, answers)
+        computed.append(scheduler.stats.prefill_tokens - before)
+        assert answers[f"turn{turn}"] == answer(text, 9)
+        text += tuple(answers[f"turn{turn}"])
+    kept = (computed[0] + 8) // unit.BLOCK * unit.BLOCK  # all of its tokens but the last have KV
+    assert computed[1] == computed[0] + 9 + 3 - kept
+
+
 def test_a_request_that_never_fits_is_ended() -> None:
     scheduler, worker = unit.make(unit.target(4)), SymbolicWorker(unit.BLOCK)
     scheduler.add_request(unit.request("huge", tuple(range(20)), 9))

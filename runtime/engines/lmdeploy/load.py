@@ -14,9 +14,9 @@ from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.lmdeploy.patching import status
 from sagellm_ir.runtime.protocols import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import lmdeploy_quant_policy
-from sagellm_ir.target import Target
+from sagellm_ir.target import HOST, Target, Tier
 
-__all__ = ["engine_settings", "load_lmdeploy"]
+__all__ = ["engine_settings", "load_engine", "load_lmdeploy"]
 
 
 def load_lmdeploy(
@@ -46,20 +46,47 @@ def load_lmdeploy(
             the target cannot be run.
     """
     chosen = load_target(target, **(overrides or {}))
-    settings = engine_settings(chosen, dtype, kv_schema) | {"num_cpu_blocks": host_blocks}
-    _check()
-    from sagellm_ir.runtime.config import load_config
-    from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
-    from sagellm_ir.runtime.engines.lmdeploy.online import target_of
-    from sagellm_ir.runtime.engines.lmdeploy.plugin import prepare
-
-    prepare(load_config())
+    host = evolve(chosen.tier(HOST) or Tier(HOST, 0), blocks=host_blocks)
+    tiers = (*(tier for tier in chosen.tiers if tier.name != HOST), host)
     with model_folder(model, dtype) as folder:
-        backend = LMDeployBackend.load(str(folder), stop_at_eos=stop_at_eos, **settings)
+        backend = load_engine(
+            folder,
+            evolve(chosen, tiers=tiers),
+            dtype,
+            stop_at_eos=stop_at_eos,
+            kv_schema=kv_schema,
+        )
+    from sagellm_ir.runtime.engines.lmdeploy.online import target_of
+
     name = Path(model).name
     fitted = target_of(backend.engine, chosen)
     fitted = evolve(fitted, model=evolve(fitted.model, name=name))
     return LoadedBackend(backend, fitted, load_tokenizer(model), name)
+
+
+def load_engine(
+    folder: Path,
+    target: Target,
+    dtype: str,
+    *,
+    stop_at_eos: bool = True,
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
+) -> Any:
+    """`LMDeployBackend` with the host tier of a target; of its device tier, LMDeploy chooses the size.
+
+    Raises:
+        SageIRError: see `load_lmdeploy`.
+    """
+    settings = engine_settings(target, dtype, kv_schema)
+    _check()
+    from sagellm_ir.runtime.config import load_config
+    from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
+    from sagellm_ir.runtime.engines.lmdeploy.plugin import prepare
+
+    prepare(load_config())
+    host = target.tier(HOST)
+    settings["num_cpu_blocks"] = host.blocks if host else 0
+    return LMDeployBackend.load(str(folder), stop_at_eos=stop_at_eos, **settings)
 
 
 def engine_settings(

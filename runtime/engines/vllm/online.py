@@ -1,13 +1,18 @@
 """`OnlineSource`: plans what reaches vLLM by itself, through its own entry points."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
+
+from attrs import evolve
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import EngineView
+from sagellm_ir.runtime.engines.vllm.sequences import Sequence
 from sagellm_ir.runtime.engines.vllm.targets import SESSION, option
 from sagellm_ir.runtime.planner import OnlinePlanner
+from sagellm_ir.target import Target
 
 __all__ = ["OnlineSource"]
 
@@ -15,60 +20,68 @@ logger = logging.getLogger(__name__)
 
 
 class OnlineSource:
-    """Submits every request that vLLM's scheduler holds to an `OnlinePlanner`, and asks it for steps.
+    """An `OnlinePlanner` that the scheduler tells what comes and what ends.
 
     vLLM's `cache_salt` is the tenant: requests of different salts never share KV.
     """
 
-    def __init__(self, planner: OnlinePlanner, sequences: dict[str, Any]) -> None:
+    def __init__(self, planner: OnlinePlanner, sequences: Mapping[str, Sequence]) -> None:
         self.planner = planner
         self._sequences = sequences
-        self._known: set[str] = set()
         self._refused: list[str] = []
 
     @classmethod
-    def of(cls, vllm_config: Any, scheduler: Any) -> "OnlineSource":
+    def of(
+        cls, vllm_config: Any, target: Target, sequences: Mapping[str, Sequence]
+    ) -> "OnlineSource":
         """For a scheduler that is being made; `--additional-config '{"sagellm_pipeline": "O3"}'`.
+
+        It plans one forward at a time, so that what comes does not wait for a step of several.
 
         Raises:
             SageIRError: the pipeline cannot be parsed.
         """
         pipeline = option(vllm_config, "sagellm_pipeline", "O2")
-        return cls(OnlinePlanner(scheduler.target, pipeline), scheduler.sequences)
+        return cls(OnlinePlanner(evolve(target, max_loops=1), pipeline), sequences)
 
     def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        self._known &= self._sequences.keys()
-        for name, sequence in self._sequences.items():
-            if name not in self._known:
-                self._known.add(name)
-                self._submit(name, sequence.request)
-        return self.planner.next_step(view)
+        """See `PlanSource`. It knows what the view says."""
+        return self.planner.advance(self._answered)
+
+    def come(self, sequence: Sequence) -> None:
+        """A request has come."""
+        name, request = sequence.name, sequence.request
+        extra = request.sampling_params.extra_args or {}
+        session = extra.get(SESSION)
+        try:
+            if request.use_structured_output or request.prompt_token_ids is None:
+                raise ValueError("grammars and embedded prompts cannot be planned")
+            planned = PlanRequest(
+                name,
+                max_new_tokens=request.max_tokens,
+                arrival=request.arrival_time,
+                priority=-request.priority,
+                adapter=request.lora_request.lora_name if request.lora_request else None,
+                tenant=request.cache_salt,
+                session=None if session is None else str(session),
+                prompt_len=request.num_prompt_tokens,
+            )
+            self.planner.submit(planned, request.prompt_token_ids)
+            self.planner.meet(name)
+        except (SageIRError, ValueError) as error:
+            logger.warning("request %s refused: %s", name, error)
+            self._refused.append(name)
+
+    def gone(self, sequence: Sequence) -> None:
+        """A request has ended, and no forward of it is in flight."""
+        whole = sequence.computed >= sequence.known - 1
+        tokens = tuple(sequence.request.all_token_ids) if whole else None
+        self.planner.end(sequence.name, tokens)
 
     def take_refused(self) -> list[str]:
         """Requests that can never be planned, told once."""
         refused, self._refused = self._refused, []
         return refused
 
-    def _submit(self, name: str, request: Any) -> None:
-        extra = request.sampling_params.extra_args or {}
-        session = extra.get(SESSION)
-        try:
-            if request.use_structured_output or request.prompt_token_ids is None:
-                raise ValueError("grammars and embedded prompts cannot be planned")
-            self.planner.submit(
-                PlanRequest(
-                    name,
-                    max_new_tokens=request.max_tokens,
-                    arrival=request.arrival_time,
-                    priority=-request.priority,
-                    adapter=request.lora_request.lora_name if request.lora_request else None,
-                    tenant=request.cache_salt,
-                    session=None if session is None else str(session),
-                    prompt_len=request.num_prompt_tokens,
-                    tokens=tuple(request.prompt_token_ids),
-                )
-            )
-        except (SageIRError, ValueError) as error:
-            logger.warning("request %s refused: %s", name, error)
-            self._refused.append(name)
+    def _answered(self, name: str) -> int:
+        return int(self._sequences[name].request.num_output_tokens)

@@ -28,6 +28,8 @@ from sagellm_ir.target import DEVICE
 
 __all__ = ["PlanScheduler"]
 
+_UNSEEN = EngineView()
+"""For a source that is told what happens."""
 _FINISHES: dict[RequestStatus, Finish] = {
     RequestStatus.FINISHED_STOPPED: "stop",
     RequestStatus.FINISHED_LENGTH_CAPPED: "length",
@@ -65,7 +67,8 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         self.ledger = BlockLedger(self.target.workers[0].name, capacity, block_size)
         self.sequences: dict[str, Sequence] = {}
         """By the name that plans use."""
-        self.source: PlanSource = OnlineSource.of(vllm_config, self)
+        self._online = OnlineSource.of(vllm_config, self.target, self.sequences)
+        self.source: PlanSource = self._online
         self.driven = False
         """Whether an adapter steps it: then it keeps requests that ended until they are released."""
         self.idle = False
@@ -175,7 +178,8 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             if not self._left:
                 while self._leaving:
                     self.release(self._leaving.pop())
-                self._step = self.source.next_step(self.view())
+                view = _UNSEEN if self.source is self._online else self.view()
+                self._step = self.source.next_step(view)
                 if self._step is None:
                     self.idle = True
                     return []
@@ -258,8 +262,10 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         """A request has come; its steps may name it from now on."""
         name = plan_name(request)
         self.release(name)
-        self.sequences[name] = Sequence(name, request)
+        sequence = self.sequences[name] = Sequence(name, request)
         self._names[request.request_id] = name
+        if self.source is self._online and not self.driven:
+            self._online.come(sequence)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -285,6 +291,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             identity = sequence.request.request_id
             del self._names[identity]
             self._gone.add(identity)
+            self._online.gone(sequence)
         self.ledger.release(name)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
@@ -297,9 +304,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
 
     def _refused(self) -> Iterator[Any]:
         """Requests that the source will never plan, ended as errors."""
-        if not isinstance(self.source, OnlineSource):
-            return
-        for name in self.source.take_refused():
+        for name in self._online.take_refused():
             if name in self.sequences:
                 request = self.sequences[name].request
                 yield from self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)

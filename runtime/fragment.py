@@ -172,13 +172,20 @@ def _hits(
     """By tier: content that the requests' prompts start with; not what holds a last token."""
     hits: dict[str, dict[int, None]] = {tier: {} for tier in ledger}
     shelves = [(shelf.block_of, hits[tier]) for tier, shelf in ledger.items()]
+    before: tuple[int, ...] = ()
     for decl in decls:
-        for content in decl.blocks[: (decl.prompt_len - 1) // block_size]:
+        blocks = decl.blocks[: (decl.prompt_len - 1) // block_size]
+        # Nearly always what the request before hit, and as far.
+        known = len(before) if blocks[: len(before)] == before else 0
+        reached = known
+        for content in blocks[known:]:
             here = [found for block_of, found in shelves if content in block_of]
             if not here:
                 break
             for found in here:
                 found[content] = None
+            reached += 1
+        before = blocks[:reached]
     return hits
 
 

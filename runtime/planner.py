@@ -497,9 +497,10 @@ class OnlinePlanner:
         if name in self._batch:
             self._batch.leave(name)
         if tokens is not None:
-            whole = (len(tokens) - 1) // self.target.block_size
-            contents = self._requests.contents(row.job, tokens)[:whole]
-            for content, block in zip(contents, row.table, strict=False):
+            size = self.target.block_size
+            answer = slice(row.job.request.prompt_len // size, (len(tokens) - 1) // size)
+            contents = self._requests.contents(row.job, tokens)[answer]
+            for content, block in zip(contents, row.table[answer], strict=False):
                 device.write(block, content)
         device.drop(row.table)
 

@@ -132,7 +132,8 @@ class KVManager:
         """Count a match."""
         taken = list(blocks)
         self.counters.fetched += len(taken)
-        self.expendable.difference_update(taken)
+        if self.expendable:
+            self.expendable.difference_update(taken)
 
     def before_store(self, seq: Any) -> bool:
         """Whether to insert: always."""

@@ -36,6 +36,8 @@ def lmdeploy(spec: AttentionSpec, batch: Batch) -> Work:
     pages = batch.block_table.shape[1]
     table = torch.nn.functional.pad(batch.block_table, (0, -pages % 16))
     if max(batch.q_lens) == 1:
+        if len(batch.q_lens) == spec.kv_heads == 1:
+            raise Unsuitable("its sum over 128 splits reads outside of its buffer")
 
         def decode() -> Tensor:
             kernels.paged_attention_fwd(

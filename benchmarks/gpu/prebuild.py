@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from attrs import fields_dict, frozen
+from attrs import evolve, fields_dict, frozen
 from peers import PEERS, Unsuitable
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -75,7 +76,7 @@ class Job:
     kv_lens: tuple[int, ...] = (1,)
 
 
-def jobs(thorough: bool, heads: list[str]) -> Iterator[Job]:
+def jobs(thorough: bool, heads: list[str], variants: bool) -> Iterator[Job]:
     """What the benchmark runs, more than once where batches differ in lengths only."""
     timed: list[Workload] = []
     for name in heads:
@@ -89,7 +90,7 @@ def jobs(thorough: bool, heads: list[str]) -> Iterator[Job]:
             yield Job("lmdeploy", work.spec, 0, *[(1,) * len(work.q_lens)] * 2)
         else:
             yield Job("lmdeploy", work.spec, 0, tuple(work.q_lens), tuple(work.kv_lens))
-    for spec in dict.fromkeys(work.spec for work in timed):
+    for spec in dict.fromkeys(work.spec for work in timed if variants):
         yield from (Job("variant", spec, number) for number in range(len(VARIANTS)))
 
 
@@ -130,8 +131,9 @@ def _ours(what: str, spec: AttentionSpec, rows: int) -> None:
     if what != "rest":
         launch_attend(spec, tile, SMS, x, lists, ints, ints, shared=what == "shared")
         return
-    for shared, early in ((False, True), (True, False), (True, True)):
-        launch_merge(spec, x, lists, shared=shared, early=early)
+    for rows, (shared, early) in product((1, 256, 1024), ((False, True), (True, False))):
+        many = evolve(x, q=x.q.expand(rows, -1, -1))
+        launch_merge(spec, many, lists, shared=shared, early=early)
     for height in tile_heights(spec):
         launch_schedule(
             *(spec, tile_for(spec, height), batch.lengths, lists, ints, ints),
@@ -148,12 +150,13 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--thorough", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="for tune.py too")
     parser.add_argument(
         "--heads", nargs="*", default=["llama-3-8b", "qwen2.5-7b", "70b-tp8", "mha"]
     )
     options = parser.parse_args()
     begun = time.monotonic()
-    todo = list(dict.fromkeys(jobs(options.thorough, options.heads)))
+    todo = list(dict.fromkeys(jobs(options.thorough, options.heads, options.variants)))
     with ProcessPoolExecutor(options.jobs, initializer=pretend) as pool:
         problems = [problem for problem in pool.map(compile_one, todo) if problem]
     print("\n".join(problems))

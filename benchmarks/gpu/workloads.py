@@ -70,7 +70,7 @@ QUICK = (
     *((1, batch, suffix) for batch, suffix in ((8, 0.125), (32, 0.125), (256, 0.125))),
     *((4, batch, suffix) for batch, suffix in ((8, 0.125), (32, 0.125), (64, 1), (256, 0.125))),
     *((32, batch, suffix) for batch, suffix in ((1, 0.125), (8, 0.125), (32, 0.125), (64, 1))),
-    *((32, 256, 0.125), (32, 256, 1), (128, 8, 1), (128, 64, 0.125)),
+    *((32, 128, 0.125), (32, 256, 0.125), (32, 256, 1), (128, 8, 1), (128, 64, 0.125)),
 )
 """Prefix, batch and suffix of the short grid; lengths in 1024 tokens."""
 FULL = (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
@@ -86,18 +86,19 @@ class PrefixAttention:
                     help="1 <= max_batch <= 4096 and max_rows >= max_batch",
                 )
             )
-        self.spec, self.gate = spec, gate
+        self.gate = gate
         self.device = torch.device(device)
+        on_cuda = self.device.type == "cuda"
+        other = on_cuda and torch.cuda.get_device_capability(self.device)[0] != 9
+        self.spec = evolve(spec, hopper=False) if other else spec
         self.max_batch, self.max_rows = max_batch, max_rows
         self.variant = Variant(16, 0)
         self._sms = (
-            torch.cuda.get_device_properties(self.device).multi_processor_count
-            if self.device.type == "cuda"
-            else 1
+            torch.cuda.get_device_properties(self.device).multi_processor_count if on_cuda else 1
         )
         self._batch = self._rows = 0
         self._side: torch.cuda.Stream | None = None
-        if overlap and self.device.type == "cuda":
+        if overlap and on_cuda:
             # First choice of room on the SMs; what is left is for programs of the private kernel.
             self._side = torch.cuda.Stream(self.device, -1)  # type: ignore[no-untyped-call]
         self._allocate(workspace)
@@ -162,14 +163,16 @@ class PrefixAttention:
         starts = np.zeros(len(new) + 1, np.int32)
         np.cumsum(new, out=starts[1:])
         work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits)
-        nothing = np.zeros(len(new), np.int32)
+        nothing = np.zeros(0 if work else len(new), np.int32)
+        one_each = int(starts[-1]) == len(new) and (not len(new) or new.max() == 1)
+        sequences = np.arange(len(new), dtype=np.int32)
 
         meta = self._meta
         meta.wait()
         meta.write("q_start", starts)
         meta.write("begin", forest.private if work else nothing)
         meta.write("shared_slots", work.slots if work else nothing)
-        meta.write("row_seq", np.repeat(np.arange(len(new), dtype=np.int32), new))
+        meta.write("row_seq", sequences if one_each else np.repeat(sequences, new))
         meta.write("part_base", np.array([work.parts if work else 0], np.int32))
         if work:
             meta.write("sizes", np.array([len(work.items)], np.int32))
@@ -198,7 +201,7 @@ class PrefixAttention:
                 f"{len(new)} sequences with {new.sum()} query tokens exceed "
                 f"{self.max_batch} and {self.max_rows}"
             )
-        elif (new < 0).any() or ((total > 0) & (total < new)).any() or (total < 0).any():
+        elif len(new) and (min(new.min(), total.min()) < 0 or ((total < new) & (total > 0)).any()):
             problem = "a length is negative or less than the sequence's new tokens"
         else:
             return

@@ -22,7 +22,8 @@ class Mirror:
             self._bounds[name] = (at, at + size)
             at += -(-size // 4) * 4
         self._host = torch.zeros(at, dtype=torch.int32, pin_memory=cuda)
-        self._array: NDArray[np.int32] = self._host.numpy()
+        array: NDArray[np.int32] = self._host.numpy()
+        self._views = {name: array[start:stop] for name, (start, stop) in self._bounds.items()}
         self._device = torch.zeros(at, dtype=torch.int32, device=device)
         self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
@@ -38,9 +39,9 @@ class Mirror:
 
     def write(self, name: str, values: NDArray[np.int32]) -> None:
         """Set the first `len(values)` elements on the host."""
-        start, stop = self._bounds[name]
-        assert len(values) <= stop - start, name
-        self._array[start : start + len(values)] = values
+        view = self._views[name]
+        assert len(values) <= len(view), name
+        view[: len(values)] = values
 
     def upload(self, name: str, size: int | None = None) -> None:
         """Copy all arrays up to `name`, of it `size` elements, to the device, on this stream."""

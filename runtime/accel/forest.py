@@ -84,7 +84,7 @@ def plan_forest(
     nodes: list[Node] = []
     gain = 0.0
     for index, group in enumerate(sorted(groups, key=lambda group: group.start)):
-        rows = np.asarray(group.rows, np.int32)
+        rows = _indices(group.rows)
         _check(spec, group, rows, reach, owner, history)
         parent = owner[rows[0]]
         begin = unread[parent] if parent >= 0 else group.start
@@ -103,6 +103,13 @@ def plan_forest(
     if gate is not None and gain <= gate.launch:
         return Forest((), np.zeros(batch, np.int32))
     return Forest(tuple(nodes), private)
+
+
+def _indices(rows: Sequence[int] | Ints) -> Ints:
+    """As an array; numpy takes long over a `range`."""
+    if isinstance(rows, range):
+        return np.arange(rows.start, rows.stop, rows.step, dtype=np.int32)
+    return np.asarray(rows, np.int32)
 
 
 def _check(
@@ -162,7 +169,7 @@ def find_groups(block_table: Ints, history: Ints, block_size: int) -> list[Share
         limit = int(whole[rows].min())
         same = (block_table[rows, column:limit] == block_table[rows[0], column:limit]).all(0)
         stop = limit if same.all() else column + int(same.argmin())
-        found.append(SharedPrefix(column * block_size, stop * block_size, rows.tolist()))
+        found.append(SharedPrefix(column * block_size, stop * block_size, rows.astype(np.int32)))
         todo += [(stop, part) for part in _split(block_table, whole, rows, stop)]
     return found
 

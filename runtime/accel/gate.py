@@ -1,5 +1,6 @@
 """`Gate`: whether reading a prefix node once for all its sequences pays."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,25 +19,25 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_RATES = {16: 0.24, 32: 0.36, 64: 0.78}
-"""Arithmetic of small tiles, as a share of what tiles of 128 rows do, measured on an H100."""
+_RATES = {16: 0.21, 32: 0.32, 64: 0.78}
+"""Arithmetic of small tiles, as a share of what tiles of 128 rows do, measured on an H200."""
 
 
 @frozen
 class Gate:
     """A roofline of the two ways to read a node; the faster one is taken.
 
-    The defaults were measured on an H100. `benchmarks/gpu/attention.py` measures the rates of another
+    The defaults were measured on an H200. `benchmarks/gpu/attention.py` measures the rates of another
     device: its JSON has them as `rates`.
     """
 
-    bandwidth: float = 3.1e12
+    bandwidth: float = 4.4e12
     """HBM, bytes/s."""
     reread: float = 7.0e12
     """Pages that other programs read at about the same time, from L2, bytes/s."""
-    flops: float = 4.6e14
+    flops: float = 5.2e14
     """Matrix arithmetic of packed tiles of 128 rows, padding included, FLOP/s."""
-    launch: float = 9.0e-6
+    launch: float = 7.5e-6
     """What sharing costs a layer before anything is read: a kernel, a join, a merge; seconds."""
     node: float = 0.5e-6
     """What one more node costs: tiles that start and end, partials to merge, seconds."""
@@ -66,14 +67,14 @@ class Gate:
 
     def tile_rows(self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
-
-        def seconds(rows: int) -> float:
-            return sum(
-                self._read(spec, ceil_div(queries * spec.group, rows), rows, tokens)
-                for queries, tokens in nodes
-            )
-
-        return min(tile_heights(spec), key=seconds)
+        best, least = 0, math.inf
+        for rows in tile_heights(spec):
+            seconds = 0.0
+            for queries, tokens in nodes:
+                seconds += self._read(spec, -(-queries * spec.group // rows), rows, tokens)
+            if seconds < least:
+                best, least = rows, seconds
+        return best
 
     def _read(self, spec: "AttentionSpec", tiles: int, rows: int, tokens: int) -> float:
         """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""

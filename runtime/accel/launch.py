@@ -13,6 +13,7 @@ from sagellm_ir.runtime.accel.worklist import (
     CHUNKS,
     CUT_COST,
     ITEM_FIELDS,
+    PART_COST,
     SLOT_COST,
     item_cost,
 )
@@ -22,15 +23,19 @@ __all__ = [
     "Lists",
     "Tensors",
     "attend_constants",
+    "heads_of_merge",
     "launch_attend",
     "launch_merge",
     "launch_schedule",
     "merge_constants",
     "schedule_constants",
     "stride_constants",
+    "wide_constants",
 ]
 
 LOG2E = 1.4426950408889634
+_PROGRAMS = 8192
+"""Programs of `merge` that fill a GPU."""
 
 
 def _interpreted() -> bool:
@@ -157,6 +162,23 @@ def attend_constants(
     }
 
 
+def wide_constants(
+    spec: AttentionSpec, tile: Tile, k: Tensor, v: Tensor, *, shared: bool
+) -> dict[str, object]:
+    """The compile-time arguments of `attend_wide`."""
+    strides = stride_constants(k, v, k, v)
+    return {name: value for name, value in strides.items() if name[1] == "_"} | {
+        "SHARED": shared,
+        "KV_HEADS": spec.kv_heads,
+        "GROUP": spec.group,
+        "D": spec.head_dim,
+        "BLOCK": spec.block_size,
+        "BM": tile.rows,
+        "BN": tile.keys,
+        "STAGES": tile.stages,
+    }
+
+
 def launch_attend(
     spec: AttentionSpec,
     tile: Tile,
@@ -171,6 +193,17 @@ def launch_attend(
     """Launch `attend` on a fixed grid of `grid` programs."""
     # Triton's interpreter has no bfloat16 or float8 arithmetic.
     upcast = _interpreted() and (spec.dtype is torch.bfloat16 or spec.kv == "fp8")
+    if tile.wide and not _interpreted():
+        kernels.attend_wide[(grid,)](
+            *(x.q, x.k, x.v, x.out, lists.partial, lists.lse, x.table, lists.rows, items, sizes),
+            *(x.qk_scale, x.out_scale),
+            *(x.q.stride()[:2] + x.out.stride()[:2]),
+            x.table.stride(0),
+            **wide_constants(spec, tile, x.k, x.v, shared=shared),
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+        )
+        return
     ks = x.k if x.k_scales is None else x.k_scales
     vs = x.v if x.v_scales is None else x.v_scales
     kernels.attend[(grid,)](
@@ -187,9 +220,12 @@ def launch_attend(
     )
 
 
-def merge_constants(spec: AttentionSpec, *, shared: bool, early: bool) -> dict[str, object]:
+def merge_constants(
+    spec: AttentionSpec, each: int, *, shared: bool, early: bool
+) -> dict[str, object]:
     """The compile-time arguments of `merge`."""
     return {
+        "EACH": each,
         "KV_HEADS": spec.kv_heads,
         "GROUP": spec.group,
         "D": spec.head_dim,
@@ -201,20 +237,28 @@ def merge_constants(spec: AttentionSpec, *, shared: bool, early: bool) -> dict[s
     }
 
 
+def heads_of_merge(spec: AttentionSpec, rows: int) -> int:
+    """Heads of one program: few programs suffice to fill a GPU, and each costs its start."""
+    if rows * spec.heads <= _PROGRAMS:
+        return 1
+    return spec.group if rows * spec.kv_heads <= _PROGRAMS else spec.heads
+
+
 def launch_merge(
     spec: AttentionSpec, x: Tensors, lists: Lists, *, shared: bool, early: bool
 ) -> None:
-    """Launch `merge`: a program for each query row and head.
+    """Launch `merge`: a program for each query row and some heads.
 
     Args:
         shared: whether the batch has partials from nodes.
         early: whether it may start before the kernel before it on the stream, `attend`, has ended
             (programmatic dependent launch).
     """
-    kernels.merge[(len(x.q), spec.heads)](
+    each = heads_of_merge(spec, len(x.q))
+    kernels.merge[(len(x.q), spec.heads // each)](
         *(lists.partial, lists.lse, x.out, x.sinks, lists.merges, lists.where, lists.taken),
         *x.out.stride()[:2],
-        **merge_constants(spec, shared=shared, early=early),
+        **merge_constants(spec, each, shared=shared, early=early),
         num_warps=4,
         launch_pdl=early,
     )
@@ -236,6 +280,7 @@ def schedule_constants(
         "ITEM_COST": item_cost(tile),
         "CUT_COST": CUT_COST,
         "SLOT_COST": SLOT_COST,
+        "PART_COST": PART_COST * tile.rows,
         "BATCH": 1 << (max_batch - 1).bit_length(),
     }
 

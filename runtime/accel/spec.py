@@ -41,6 +41,8 @@ class AttentionSpec:
     """Scores become `softcap * tanh(score / softcap)`; 0: unchanged."""
     sinks: bool = False
     """Whether each query head has a learned logit that joins the softmax without a value."""
+    hopper: bool = True
+    """Whether the device is an H100, H200 or the like; `PrefixAttention` looks by itself."""
 
     @cached_property
     def group(self) -> int:

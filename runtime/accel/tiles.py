@@ -29,6 +29,14 @@ class Tile:
     beside: int = 0
     """Registers per thread of the shared kernel, at most, in its plainest form: so few that a
     program with 16 private rows fits beside it. 0: as `registers`."""
+    wide: bool = False
+    """Runs `kernels.attend_wide` on a device: `warps` compute half of the rows each, and as many
+    copy."""
+
+    @property
+    def all_warps(self) -> int:
+        """Warps of a program."""
+        return 3 * self.warps if self.wide else self.warps
 
     def limit(self, spec: "AttentionSpec", *, shared: bool) -> int:
         """Registers per thread, at most, of one of the two kernels."""
@@ -58,6 +66,11 @@ _MIDDLE_INT8 = (
     Tile(64, 32, 4, 3, 255, 2),
     Tile(128, 32, 8, 3, 255, 1, beside=168),
 )
+_WARPS_APART = Tile(128, 128, 4, 3, 168, 1, wide=True)
+"""For attention without extras on Hopper. Not for short pages: the warps that copy have registers
+for two page ids, not for one a key."""
+_NARROW_PLAIN = (*_NARROW[:3], _WARPS_APART)
+_MIDDLE_PLAIN = (*_MIDDLE[:3], _WARPS_APART)
 _WIDE = (  # head_dim 256
     Tile(16, 32, 4, 3, 255, 2),
     Tile(32, 32, 4, 3, 255, 2),
@@ -68,6 +81,9 @@ _WIDE = (  # head_dim 256
 def _tiles(spec: "AttentionSpec") -> tuple[Tile, ...]:
     if spec.head_dim > 128:
         return _WIDE if spec.kv == "native" else _WIDE[:2]
+    extras = spec.kv != "native" or spec.window or spec.softcap or spec.sinks
+    if spec.hopper and spec.block_size == 64 and not extras and spec.head_dim in (64, 128):
+        return _NARROW_PLAIN if spec.head_dim == 64 else _MIDDLE_PLAIN
     if spec.head_dim <= 64:
         return _NARROW
     padded = spec.head_dim < 128

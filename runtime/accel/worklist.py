@@ -1,5 +1,7 @@
 """The shared kernel's work list: packed nodes cut into chunks of keys and tiles of queries."""
 
+from functools import lru_cache
+
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ __all__ = [
     "CHUNKS",
     "CUT_COST",
     "ITEM_FIELDS",
+    "PART_COST",
     "ROW_FIELDS",
     "SLOT_COST",
     "Limits",
@@ -25,13 +28,17 @@ __all__ = [
 CHUNK = 64
 """Keys of the smallest chunk, and what every chunk is a multiple of."""
 CHUNKS = 40
-"""Chunk lengths to choose from: 1, 2, 3, 4 times CHUNK, then four to each power of two."""
+"""Chunk lengths to choose from. Tiles of less than 128 rows: 1, 2, 3, 4 times CHUNK, then four to
+each power of two. Others have few items, so the last round of programs must not be a short one: the
+longest part in 2, 3, 4 equal pieces, then four numbers of pieces to each power of two."""
 ITEM_COST = 64, 4
 """What starting and ending a work item costs, in keys: for any tile, and for each of its rows."""
 CUT_COST = 128
 """What it costs, in keys, to merge partials in a batch that would have none."""
 SLOT_COST = 4
 """What it costs, in keys, to merge one more piece of the longest part."""
+PART_COST = 0.0002
+"""What it costs, in keys for each row of a tile, to write and to merge the partial of one row."""
 ITEM_FIELDS = 8
 """Integers of a work item, see `kernels.common`."""
 ROW_FIELDS = 8
@@ -39,6 +46,9 @@ ROW_FIELDS = 8
 _SIZES = np.array(
     [CHUNK * (k + 1) if k < 4 else CHUNK * (4 + k % 4) << (k // 4 - 1) for k in range(CHUNKS)]
 )
+
+
+_PIECES = np.array([k + 2 if k < 3 else (5 + (k - 3) % 4) << (k - 3) // 4 for k in range(CHUNKS)])
 
 
 @frozen
@@ -92,7 +102,8 @@ def plan_shared(
         spec, gate.tile_rows(spec, list(zip(queries.tolist(), lengths.tolist(), strict=True)))
     )
     tiles = -(-queries * spec.group // tile.rows)
-    chunk = _chunk(spec, tile, lengths, queries, tiles, int(q_start[-1]), limits)
+    sizes = tuple(zip(lengths.tolist(), queries.tolist(), strict=True))
+    chunk = _chunk(spec, tile, sizes, int(q_start[-1]), limits)
     if chunk is None:
         return None
     cuts = -(-lengths // chunk)
@@ -100,7 +111,7 @@ def plan_shared(
     first_part = np.cumsum(size) - size
     items = _items(spec, forest, queries, tiles, cuts, first_part, chunk)
     slots, start, where = _where(spec, forest, lists, q_start, cuts, first_part)
-    rows = np.concatenate(lists)
+    rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
     return SharedWork(tile.rows, items, rows, slots, start, where, int(size.sum()), chunk)
 
 
@@ -115,18 +126,26 @@ def _items(
 ) -> Ints:
     """The work items. Tiles of one chunk are neighbours: the first brings its pages to L2."""
     count = tiles * cuts
-    node = np.repeat(np.arange(len(count)), count)
-    local = np.arange(len(node)) - np.repeat(np.cumsum(count) - count, count)
-    cut, tile = np.divmod(local, tiles[node])
-    of_nodes = np.array([(x.rows[0], x.begin, x.end) for x in forest.nodes])[node]
-    items = np.zeros((len(node), ITEM_FIELDS), np.int32)
-    items[:, 0] = of_nodes[:, 0]
-    items[:, 1] = of_nodes[:, 1] + cut * chunk
-    items[:, 2] = np.minimum(items[:, 1] + chunk, of_nodes[:, 2])
-    items[:, 4] = (np.cumsum(queries) - queries)[node]
-    items[:, 5] = queries[node]
-    items[:, 6] = tile
-    items[:, 7] = first_part[node] + cut * queries[node] * spec.group
+    items = np.zeros((int(count.sum()), ITEM_FIELDS), np.int32)
+    at, query = 0, 0
+    for node, many, wide, cut, part in zip(
+        forest.nodes,
+        queries.tolist(),
+        tiles.tolist(),
+        cuts.tolist(),
+        first_part.tolist(),
+        strict=True,
+    ):
+        mine = items[at : at + wide * cut].reshape(cut, wide, ITEM_FIELDS)
+        begin = np.arange(node.begin, node.begin + cut * chunk, chunk)
+        mine[:, :, 0] = node.rows[0]
+        mine[:, :, 1] = begin[:, None]
+        mine[:, :, 2] = np.minimum(begin + chunk, node.end)[:, None]
+        mine[:, :, 4:6] = query, many
+        mine[:, :, 6] = np.arange(wide)
+        mine[:, :, 7] = np.arange(part, part + cut * many * spec.group, many * spec.group)[:, None]
+        at += wide * cut
+        query += many
     return items
 
 
@@ -134,23 +153,41 @@ def _where(
     spec: AttentionSpec, forest: Forest, lists: list[Ints], q_start: Ints, cuts: Ints, parts: Ints
 ) -> tuple[Ints, Ints, Ints]:
     """`slots`, `where_start` and `where` of `SharedWork`."""
-    new = np.diff(q_start)
+    new = q_start[1:] - q_start[:-1]
     slots = np.zeros(len(new), np.int32)
-    for node, cut in zip(forest.nodes, cuts, strict=True):
+    for node, cut in zip(forest.nodes, cuts.tolist(), strict=True):
         slots[node.rows] += cut
-    size = new * slots
-    start = (np.cumsum(size) - size).astype(np.int32)
-    where = np.empty(int(size.sum()), np.int32)
+    one_each = len(new) == q_start[-1] and new.min() == 1
+    if one_each and sum(map(len, lists)) == np.count_nonzero(slots):
+        return slots, *_flat_where(spec, lists, len(new), cuts, parts)
+    taken = np.cumsum(new * slots)
+    start = (taken - new * slots).astype(np.int32)
     # Of each query token: its first entry.
-    entry = np.repeat(start - q_start[:-1] * slots, new) + np.arange(q_start[-1]) * np.repeat(
-        slots, new
-    )
-    for rows, cut, part in zip(lists, cuts, parts, strict=True):
-        at = np.arange(cut)[None, :]
-        index = np.arange(len(rows))[:, None]
-        where[entry[rows][:, None] + at] = part + (at * len(rows) + index) * spec.group
-        entry[rows] += cut
+    of_token = np.repeat(slots, new)
+    entry = np.repeat(start - q_start[:-1] * slots, new) + np.arange(len(of_token)) * of_token
+    where = np.empty(taken[-1], np.int32)
+    for rows, cut, part in zip(lists, cuts.tolist(), parts.tolist(), strict=True):
+        first = np.arange(part, part + len(rows) * spec.group, spec.group)
+        mine = entry[rows]
+        at = np.arange(cut)
+        where[mine[:, None] + at] = first[:, None] + at * (len(rows) * spec.group)
+        entry[rows] = mine + cut
     return slots, start, where
+
+
+def _flat_where(
+    spec: AttentionSpec, lists: list[Ints], batch: int, cuts: Ints, parts: Ints
+) -> tuple[Ints, Ints]:
+    """`_where` when every sequence has one new token and at most one node: table by table."""
+    start, tables, at = np.zeros(batch, np.int32), [], 0
+    for rows, cut, part in zip(lists, cuts.tolist(), parts.tolist(), strict=True):
+        count = len(rows)
+        start[rows] = np.arange(at, at + count * cut, cut, dtype=np.int32)
+        last = part + cut * count * spec.group
+        table = np.arange(part, last, spec.group, dtype=np.int32)
+        tables.append(table.reshape(cut, count).T.reshape(-1))
+        at += count * cut
+    return start, tables[0] if len(tables) == 1 else np.concatenate(tables)
 
 
 def _queries(rows: Ints, q_start: Ints) -> Ints:
@@ -164,19 +201,25 @@ def _queries(rows: Ints, q_start: Ints) -> Ints:
     return found
 
 
+@lru_cache(maxsize=4096)
 def _chunk(
     spec: AttentionSpec,
     tile: Tile,
-    lengths: Ints,
-    queries: Ints,
-    tiles: Ints,
+    nodes: tuple[tuple[int, int], ...],
     all_queries: int,
     limits: Limits,
 ) -> int | None:
-    """The chunk length with the smallest `makespan` whose lists fit, as `schedule` on the device."""
+    """The chunk length with the smallest `makespan` whose lists fit, as `schedule` on the device.
+
+    Args:
+        nodes: length and query tokens of each. A server sees the same ones again and again.
+    """
+    lengths, queries = np.array(nodes).T
+    tiles = -(-queries * spec.group // tile.rows)
     longest = int(lengths.max())
-    sizes = np.concatenate([_SIZES[longest > _SIZES], [longest]])[::-1]
-    cuts = -(-lengths // sizes[:, None])
+    sizes = _SIZES[::-1] if tile.rows < 128 else -(-longest // (_PIECES * CHUNK)) * CHUNK
+    sizes = np.concatenate([[longest], sizes[sizes < longest]])
+    cuts = (lengths + sizes[:, None] - 1) // sizes[:, None]
     items = cuts @ tiles
     # One private slot each comes on top; the device cuts no further than there is room.
     entries = cuts @ queries
@@ -184,9 +227,14 @@ def _chunk(
     grid = limits.sms * tile.ctas
     work = float(lengths @ tiles * spec.kv_heads)
     cost = makespan(work, items * spec.kv_heads, sizes, grid, item_cost(tile))
-    cost += SLOT_COST * cuts.max(1)
-    fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
-    return int(sizes[np.where(fits, cost, np.inf).argmin()]) if fits.any() else None
+    cost += SLOT_COST * cuts.max(1) + PART_COST * tile.rows * spec.kv_heads * parts
+    # The shortest chunks, which are the last, need most room.
+    if items[-1] > limits.items or parts[-1] > limits.parts or entries[-1] > limits.where:
+        fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
+        if not fits.any():
+            return None
+        cost = np.where(fits, cost, np.inf)
+    return int(sizes[cost.argmin()])
 
 
 def item_cost(tile: Tile) -> int:
@@ -198,10 +246,13 @@ def makespan(work: float, items: Ints, size: Ints, grid: int, cost: int) -> NDAr
     """When `grid` programs have done `items` items of up to `size` keys, `work` in all; in keys.
 
     In one round the longest item decides. In more, programs take the next item when they are done
-    with one (Graham's list scheduling): the mean, and on average half an item at the end.
+    with one (Graham's list scheduling): the mean, and on average half an item at the end, but no
+    more than whole rounds.
 
     Args:
         cost: of an item besides its keys, see `item_cost`.
     """
     one = size + cost
-    return np.where(items <= grid, one, (work + items * cost) / grid + one / 2)
+    listed = (work + items * cost) / grid + one / 2
+    longest: NDArray[np.float64] = np.maximum(one, np.minimum(-(-items // grid) * one, listed))
+    return longest

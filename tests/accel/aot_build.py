@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.launch import (
@@ -26,6 +27,7 @@ from sagellm_ir.runtime.accel.launch import (
     merge_constants,
     schedule_constants,
     stride_constants,
+    wide_constants,
 )
 from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS, AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile, tile_for, tile_heights
@@ -71,7 +73,8 @@ def build(
     if tile:
         limit = tile.limit(spec, shared=shared)
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": limit}
-    source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
+    of = GluonASTSource if tile and tile.wide else ASTSource
+    source = of(kernel, signature, constexprs=values, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -110,9 +113,15 @@ def main() -> None:
             scales = cache[..., :2].contiguous() if spec.kv == "int8" else cache
             constants = attend_constants(spec, tile, shared=shared)
             constants |= stride_constants(cache, cache, scales, scales)
-            found = build(kernels.attend, spec, constants, tile, shared)
+            kernel: Any = kernels.attend
+            if tile.wide:
+                kernel = kernels.attend_wide
+                constants = wide_constants(spec, tile, cache, cache, shared=shared)
+            found = build(kernel, spec, constants, tile, shared)
         elif name == "merge":
-            found = build(kernels.merge, spec, merge_constants(spec, shared=True, early=True), None)
+            found = build(
+                kernels.merge, spec, merge_constants(spec, 1, shared=True, early=True), None
+            )
         else:
             constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
             found = build(kernels.schedule, spec, constants, None)

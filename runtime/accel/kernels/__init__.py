@@ -1,4 +1,4 @@
-"""The three Triton kernels: `schedule` (work list), `attend` (partial attention), `merge`.
+"""The kernels: `schedule` (work list), `attend` and `attend_wide` (partial attention), `merge`.
 
 Split attention after T. Dao et al., "Flash-Decoding" (2023), with log2 softmax after FlashAttention
 (arXiv 2205.14135); reading a shared prefix once for all its sequences after J. Juravsky et al.,
@@ -15,5 +15,6 @@ Shapes and strides are documented once, at `sagellm_ir.runtime.accel.attention.P
 from sagellm_ir.runtime.accel.kernels.attend import attend
 from sagellm_ir.runtime.accel.kernels.merge import merge
 from sagellm_ir.runtime.accel.kernels.schedule import schedule
+from sagellm_ir.runtime.accel.kernels.wide import attend_wide
 
-__all__ = ["attend", "merge", "schedule"]
+__all__ = ["attend", "attend_wide", "merge", "schedule"]

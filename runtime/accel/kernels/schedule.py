@@ -12,9 +12,9 @@ __all__ = ["schedule"]
 @triton.jit
 def _makespan(work, items, size, GRID: tl.constexpr, ITEM_COST: tl.constexpr):
     """See `worklist.makespan`."""
-    one = (size + ITEM_COST).to(tl.float32)
+    one = (size + ITEM_COST) * 1.0
     many = (work + items.to(tl.float32) * ITEM_COST) / GRID + one * 0.5
-    return tl.where(items <= GRID, one, many)
+    return tl.maximum(one, tl.minimum(tl.cdiv(items, GRID) * one, many))
 
 
 @triton.jit(do_not_specialize=["batch", "item_cap", "part_cap"])
@@ -43,6 +43,7 @@ def schedule(
     ITEM_COST: tl.constexpr,
     CUT_COST: tl.constexpr,
     SLOT_COST: tl.constexpr,
+    PART_COST: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """Cut every sequence's private part into chunks and list them as work items.
@@ -72,15 +73,22 @@ def schedule(
     items = tl.sum(tl.where(length > 0, tiles, 0), 0) * KV_HEADS
     work = tl.sum(tiles.to(tl.float32) * length, 0) * KV_HEADS
     best = _makespan(work, items, chunk, GRID, ITEM_COST)
+    merged = tl.sum(tl.where((shared > 0) & (length > 0), q_len * GROUP, 0), 0) * KV_HEADS
+    best += merged.to(tl.float32) * PART_COST
     # Where nothing is merged yet, a cut means that something is.
     extra = tl.where(tl.max(shared, 0) > 0, 0, CUT_COST)
     for k in tl.static_range(CHUNKS):
-        size = CHUNK * (k + 1) if k < 4 else (CHUNK * (4 + k % 4)) << (k // 4 - 1)
+        if BM < 128:
+            size = CHUNK * (k + 1) if k < 4 else (CHUNK * (4 + k % 4)) << (k // 4 - 1)
+        else:
+            pieces = k + 2 if k < 3 else (5 + (k - 3) % 4) << ((k - 3) // 4)
+            size = tl.cdiv(tl.cdiv(longest, pieces), CHUNK) * CHUNK
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
         cost = _makespan(work, items * KV_HEADS, size, GRID, ITEM_COST)
         cost += extra + SLOT_COST * tl.max(cuts, 0)
+        cost += (parts - taken).to(tl.float32) * (KV_HEADS * PART_COST)
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)
         chunk = tl.where(better, size, chunk)
         best = tl.where(better, cost, best)
@@ -100,7 +108,6 @@ def schedule(
         tl.store(taken_out + 1, 0)
 
     todo = tl.sum(tl.where(mine, count, 0), 0)
-    my_cuts = tl.maximum(tl.sum(tl.where(mine, cuts, 0), 0), 1)
     my_tiles = tl.sum(tl.where(mine, tiles, 0), 0)
     end = tl.sum(tl.where(mine, kv_len, 0), 0)
     start = tl.sum(tl.where(mine, first, 0), 0)
@@ -123,7 +130,8 @@ def schedule(
     for k in range(0, todo, 64):
         local = k + lane
         inside = local < todo
-        cut = local % my_cuts
+        # Tiles of one chunk are neighbours, as in the host's list.
+        cut = local // tl.maximum(my_tiles, 1)
         lo = start + cut * chunk
         item = items_out + (at + local) * ITEM_FIELDS
         same = tl.zeros([64], tl.int32)
@@ -134,5 +142,5 @@ def schedule(
         tl.store(item + 4, same + q_at, mask=inside)
         tl.store(item + 5, same + q_count, mask=inside)
         # Later tiles see more keys: longest first.
-        tl.store(item + 6, my_tiles - 1 - local // my_cuts, mask=inside)
+        tl.store(item + 6, my_tiles - 1 - local % tl.maximum(my_tiles, 1), mask=inside)
         tl.store(item + 7, tl.where(my_slots > 1, part + cut * q_count * GROUP, -1), mask=inside)

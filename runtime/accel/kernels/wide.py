@@ -1,0 +1,336 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-unimported"
+"""`attend_wide`: `attend` for tiles of 128 rows, with warps that copy and warps that compute.
+
+The roles, and the softmax beside a product, after FlashAttention-3 (arXiv 2407.08608).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sagellm_ir.runtime.accel.kernels.common import NEG_INF
+from sagellm_ir.runtime.accel.kernels.wide_copies import bounds, item, produce
+
+__all__ = ["attend_wide"]
+
+
+@gluon.jit
+def _soften(s, m, high, at, hi, qk_scale, MASKED: gl.constexpr, BN: gl.constexpr, S: gl.constexpr):
+    """One step of the online softmax: weights, their maximum so far, what older ones shrink by."""
+    if MASKED:
+        pos = at + gl.arange(0, BN, gl.SliceLayout(0, S))
+        seen = (pos[None, :] <= high[:, None]) & (pos < hi)[None, :]
+        s = gl.where(seen, s, NEG_INF)
+    m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
+    base = m_new
+    if MASKED:
+        base = gl.where(m_new == NEG_INF, 0.0, m_new)
+    p = gl.exp2(s * qk_scale - base[:, None])
+    return p, m_new, gl.exp2(m - base)
+
+
+@gluon.jit
+def _consume(
+    WHICH: gl.constexpr,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    q_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    rows,
+    items,
+    sizes,
+    qk_scale,
+    out_scale,
+    q_row_stride,
+    q_head_stride,
+    out_row_stride,
+    out_head_stride,
+    SHARED: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attention of 64 rows of each tile.
+
+    In turn `j` the scores of tile `j` and the output of tile `j - 1` are started; as soon as the
+    scores are there their softmax runs, beside the product for the output.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_tile = q_tiles.index(WHICH)
+    none = gl.zeros([64, BN], gl.float32, S)
+    index = gl.program_id(0)
+    todo = gl.load(sizes) * KV_HEADS
+    turn = 0
+    while index < todo:
+        _owner, lo, hi, end, q_first, q_len, tile, part = item(items, index // KV_HEADS)
+        head = index % KV_HEADS
+        hi, seen_by_all = bounds(lo, hi, end, q_len, tile, SHARED, GROUP, BM)
+        count = gl.maximum(gl.cdiv(hi - lo, BN), 1)
+        free = gl.minimum(gl.maximum(seen_by_all - lo, 0) // BN, count)
+        first_row = tile * BM + WHICH * 64
+
+        # Queries, by way of registers: their rows may lie anywhere.
+        row_q = first_row + gl.arange(0, 64, gl.SliceLayout(1, LOAD))
+        live_q = row_q < q_len * GROUP
+        d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+        query = q_first + gl.where(live_q, row_q // GROUP, 0)
+        if SHARED:
+            query = gl.load(rows + query)
+        q_head = head * GROUP + row_q % GROUP
+        q_at = q_ptr + query.to(gl.int64) * q_row_stride + q_head * q_head_stride
+        q_tile.store(gl.load(q_at[:, None] + d[None, :], mask=live_q[:, None], other=0.0))
+        fence_async_shared()
+
+        if SHARED:
+            high = gl.full([64], 2147483647, gl.int32, gl.SliceLayout(1, S))
+        else:
+            r = first_row + gl.arange(0, 64, gl.SliceLayout(1, S))
+            high = end - q_len + gl.minimum(r // GROUP, q_len - 1)
+        acc = gl.zeros([64, D], gl.float32, O)
+        m = gl.full([64], NEG_INF, gl.float32, gl.SliceLayout(1, S))
+        mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
+        keys = k_tiles.index(turn % STAGES).permute((1, 0))
+        s = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
+        s, m, shrink = _soften(s, m, high, lo, hi, qk_scale, True, BN, S)
+        den = gl.sum(s, 1)
+        p = gl.convert_layout(s.to(dtype), P)
+
+        for phase in gl.static_range(2):
+            first = 1
+            stop = free
+            if phase == 1:
+                first = gl.maximum(free, 1)
+                stop = count
+            for j in range(first, stop):
+                now = turn + j
+                mbarrier.wait(k_full.index(now % STAGES), now // STAGES & 1)
+                keys = k_tiles.index(now % STAGES).permute((1, 0))
+                scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
+                before = now - 1
+                mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
+                values = v_tiles.index(before % STAGES)
+                weighed = warpgroup_mma(p, values, acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(k_empty.index(now % STAGES), count=1)
+                # Here, and not behind the wait below: what follows that wait, ptxas moves up.
+                mbarrier.arrive(v_empty.index((now - 2) % STAGES), count=1, pred=j > 1)
+                s, m, shrink = _soften(s, m, high, lo + j * BN, hi, qk_scale, phase == 1, BN, S)
+                den = den * shrink + gl.sum(s, 1)
+                fresh = gl.convert_layout(s.to(dtype), P)
+                acc, p, fresh = warpgroup_mma_wait(0, deps=[weighed, p, fresh])
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                p = fresh
+
+        turn += count
+        before = turn - 1
+        mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
+        weighed = warpgroup_mma(p, v_tiles.index(before % STAGES), acc, is_async=True)
+        mbarrier.arrive(v_empty.index((before - 1) % STAGES), count=1, pred=count > 1)
+        acc = warpgroup_mma_wait(0, deps=[weighed])
+        mbarrier.arrive(v_empty.index(before % STAGES), count=1)
+
+        m = gl.convert_layout(m, gl.SliceLayout(1, O))
+        den = gl.convert_layout(den, gl.SliceLayout(1, O))
+        some = den > 0.0
+        o = acc * (out_scale / gl.where(some, den, 1.0))[:, None]
+        r0 = gl.arange(0, 64, gl.SliceLayout(1, O))
+        d_out = gl.arange(0, D, gl.SliceLayout(0, O))
+        r_out = first_row + r0
+        live = r_out < q_len * GROUP
+        at_part = (part + first_row).to(gl.int64) * KV_HEADS + head
+        lse = gl.where(some, m + gl.log2(gl.where(some, den, 1.0)), NEG_INF)
+        lse_at = lse_ptr + at_part + r0 * KV_HEADS
+        part_at = (part_ptr + at_part * D) + (r0[:, None] * (KV_HEADS * D) + d_out[None, :])
+        if SHARED:
+            gl.store(lse_at, lse, mask=live)
+            gl.store(part_at, o, mask=live[:, None])
+        else:
+            if part < 0:
+                row = q_first + r_out // GROUP
+                o_head = head * GROUP + r_out % GROUP
+                out_at = out_ptr + row.to(gl.int64) * out_row_stride + o_head * out_head_stride
+                gl.store(out_at[:, None] + d_out[None, :], o.to(dtype), mask=live[:, None])
+            else:
+                gl.store(lse_at, lse, mask=live)
+                gl.store(part_at, o, mask=live[:, None])
+        index += gl.num_programs(0)
+
+
+# Tables of any width: one binary, not one for multiples of 16 and another for the rest.
+@gluon.jit(do_not_specialize=["table_stride"])
+def attend_wide(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    table,
+    rows,
+    items,
+    sizes,
+    qk_scale,
+    out_scale,
+    q_row_stride,
+    q_head_stride,
+    out_row_stride,
+    out_head_stride,
+    table_stride,
+    k_page_stride: gl.constexpr,
+    k_row_stride: gl.constexpr,
+    k_head_stride: gl.constexpr,
+    v_page_stride: gl.constexpr,
+    v_row_stride: gl.constexpr,
+    v_head_stride: gl.constexpr,
+    SHARED: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """See `attend`. Four warps copy, two times four compute 64 rows each of a tile of 128.
+
+    Items are dealt: program `i` takes every `num_programs`-th from the `i`-th on.
+    """
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], TILE)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=128)
+        mbarrier.init(v_full.index(stage), count=128)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    0,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    q_ptr,
+                    out_ptr,
+                    part_ptr,
+                    lse_ptr,
+                    rows,
+                    items,
+                    sizes,
+                    qk_scale,
+                    out_scale,
+                    q_row_stride,
+                    q_head_stride,
+                    out_row_stride,
+                    out_head_stride,
+                    SHARED,
+                    KV_HEADS,
+                    GROUP,
+                    D,
+                    BM,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    q_ptr,
+                    out_ptr,
+                    part_ptr,
+                    lse_ptr,
+                    rows,
+                    items,
+                    sizes,
+                    qk_scale,
+                    out_scale,
+                    q_row_stride,
+                    q_head_stride,
+                    out_row_stride,
+                    out_head_stride,
+                    SHARED,
+                    KV_HEADS,
+                    GROUP,
+                    D,
+                    BM,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (
+                produce,
+                (
+                    k_tiles,
+                    v_tiles,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    k_ptr,
+                    v_ptr,
+                    table,
+                    items,
+                    sizes,
+                    table_stride,
+                    k_page_stride,
+                    k_row_stride,
+                    k_head_stride,
+                    v_page_stride,
+                    v_row_stride,
+                    v_head_stride,
+                    SHARED,
+                    KV_HEADS,
+                    GROUP,
+                    D,
+                    BLOCK,
+                    BM,
+                    BN,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 4],
+        [224, 56],
+    )

@@ -1,21 +1,28 @@
 """`LMDeployBackend`: plans compiled by us, run by LMDeploy's genuine engine on a CPU."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from sagellm_ir.build import build
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering import lower
+from sagellm_ir.lowering.compiler import compile_requests
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep, PrefillChunk
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.request import Request, Sampling, TokenPrompt
 from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
+from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
 from sagellm_ir.runtime.running import run_plan
+from sagellm_ir.runtime.selftest import tight_requests
+from sagellm_ir.runtime.trace import Trace, differences
+from sagellm_ir.target import Tier
 from tests.lmdeploy.cpu import engine, oracle
 
 SHARED = tuple(range(100, 228))
@@ -139,3 +146,33 @@ def test_a_plan_compiled_ahead_runs_with_the_cursor(host: int) -> None:
         assert asked.tokens is not None
         answer = report.answers[asked.id]
         assert answer.tokens == oracle(asked.tokens, asked.max_new_tokens)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_runs_as_on_the_other_engines(seed: int) -> None:
+    """Chunks, their order, shared blocks and decodes are those of the simulator, and no token is wrong."""
+    with LMDeployBackend(
+        lambda: engine(num_gpu_blocks=40, num_cpu_blocks=64, max_prefill_token_num=192),
+        stop_at_eos=False,
+    ) as backend:
+        whole = backend.target
+        target = evolve(
+            whole,
+            max_batch=3,
+            tiers=(Tier("device", 14), Tier("host", 64)),
+            device=evolve(whole.device, step_overhead=1e-9),  # so that sharing pays
+        )
+        plan = compile_requests(
+            tight_requests(random.Random(seed), target, range(10, 900)), target
+        ).plan
+        traces = []
+        for one in (backend, SimulatorEngine(target)):
+            one.trace = Trace(one.capability.engine, target.block_size)
+            report = run_plan(one, plan)
+            traces.append(one.trace)
+            if one is backend:
+                for asked in plan.requests:
+                    assert report.answers[asked.id].tokens == right(asked)
+        assert (backend._driver.unplanned, backend._driver.rejected) == (0, [])
+        assert len(traces[0].forwards) == len(traces[1].forwards)
+        assert differences(*traces) == []

@@ -25,6 +25,7 @@ from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import Names
 from sagellm_ir.runtime.planner import PlanCursor
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
+from sagellm_ir.runtime.trace import Trace
 from sagellm_ir.target import Target
 
 __all__ = ["LMDeployBackend"]
@@ -124,6 +125,15 @@ class LMDeployBackend:
             mixed=False,
             supports_stop_strings=False,
         )
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where to note what is run; see `recording`."""
+        return self._driver.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._driver.trace = trace
 
     @property
     def target(self) -> Target:

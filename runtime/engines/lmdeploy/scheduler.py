@@ -20,8 +20,10 @@ from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
+from sagellm_ir.runtime.engines.lmdeploy.recorder import record
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
 from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, Requests
+from sagellm_ir.runtime.trace import Trace
 
 __all__ = ["PlanDriver"]
 
@@ -63,6 +65,8 @@ class PlanDriver:
         """What was scheduled, by plan and by LMDeploy, since the driver was made."""
         self.kv = KVManager(self.scheduler)
         self.admission = Admission(self.kv)
+        self.trace: Trace | None = None
+        """Where to note what is run; see `recording`."""
         self.rejected: list[str] = []
         """Why steps were dropped."""
         self.unplanned = 0
@@ -163,6 +167,8 @@ class PlanDriver:
             self.unplanned += bool(output.running)
         self._answer_aborted()
         self._count(output, is_prefill)
+        if self.trace is not None and output.running:
+            record(self.trace, self.names, self.kv.blocks, output, is_prefill)
         return output
 
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:

@@ -180,11 +180,14 @@ def _unshared(name: str, seed: int, new: int, pause: float = 0.0) -> Row:
     return _at_once(name, seed, lambda client: [client.ids(1024) for _ in range(64)], new, pause)
 
 
-def _shared(name: str, seed: int, prefix: int, count: int, new: int = 128) -> Row:
-    """Requests of one prefix, the same for a length, count and repetition, and 128 tokens of their own."""
+def _shared(
+    name: str, seed: int, prefix: int, count: int, new: int = 128, *, cold: bool = True
+) -> Row:
+    """Requests of one prefix and 128 tokens of their own. The prefix is of a length and count; when
+    repeated, a cold row takes another one."""
 
     def prompts(client: Client) -> Sequence[Ids]:
-        rng = np.random.default_rng((prefix, count, client.repetition))
+        rng = np.random.default_rng((prefix, count, client.repetition if cold else 0))
         start: Ids = rng.integers(1000, 150_000, prefix).tolist()
         return [start + client.ids(128) for _ in range(count)]
 
@@ -243,11 +246,11 @@ def _agents(sessions: int, turns: Sequence[tuple[int, int]], system: int) -> Any
 ROWS = (
     _unshared("64 x 1024, nothing shared", 1, 128),
     _shared("64 x (8192 shared + 128), cold", 2, 8192, 64),
-    _shared("64 x (8192 + 128), again", 3, 8192, 64),
+    _shared("64 x (8192 + 128), again", 3, 8192, 64, cold=False),
     _shared("256 x (8192 shared + 128), cold", 4, 8192, 256),
-    _shared("256 x (8192 + 128), again", 5, 8192, 256),
+    _shared("256 x (8192 + 128), again", 5, 8192, 256, cold=False),
     _shared("128 x (32768 shared + 128), cold", 6, 32768, 128),
-    _shared("128 x (32768 + 128), again", 7, 32768, 128),
+    _shared("128 x (32768 + 128), again", 7, 32768, 128, cold=False),
     Row("mixed, Poisson 16/s", 8, _mixed(128, 16.0, 128)),
     Row("agents, 16 sessions x 6 turns", 9, _agents(16, AGENT_TURNS, AGENT_SYSTEM)),
     _unshared("64 x 1024, the first row's prompts in halves", 1, 128, pause=0.3),

@@ -3,6 +3,8 @@
 A third of the requests continue an earlier conversation (their prompt is an earlier prompt plus
 new blocks); lengths are log-normal. Means and shares are near those of the Mooncake conversation
 trace (R. Qin et al., arXiv 2407.00079): 12k prompt tokens, 340 new tokens, 37 % of blocks seen before.
+How many requests lie between a turn and the one it continues is the trace's, too (median 420, 95 %
+under 2,200; log-normal): a conversation goes on within minutes, however long the workload is.
 """
 
 import numpy as np
@@ -18,7 +20,7 @@ def conversations(count: int, *, seed: int, block_size: int = 512) -> list[Reque
     fresh = np.minimum(rng.lognormal(9.0, 0.9, count), 100_000).astype(int) + 1
     output = np.minimum(rng.lognormal(5.3, 0.9, count), 2_000).astype(int) + 1
     continues = rng.random(count) < 0.35
-    parent = (rng.random(count) * np.arange(count)).astype(int)
+    parent = np.maximum(np.arange(count) - rng.lognormal(np.log(420), 1.0, count), 0).astype(int)
     next_block = 1
     prompts: list[TracePrompt] = []
     requests = []

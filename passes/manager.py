@@ -53,9 +53,8 @@ class PassManager:
         verify(graph)
         budget = self.max_rewrites
         for index, item in enumerate(self.pipeline, 1):
-            run = self._run_one(PassRun(index, item, graph), PassContext(budget))
-            graph = run.result
-            budget = None if budget is None else budget - run.rewrites
+            graph, rewrites = self._run_one(PassRun(index, item, graph), PassContext(budget))
+            budget = None if budget is None else budget - rewrites
         return graph
 
     def _run_trusted(self, graph: IRGraph) -> IRGraph | None:
@@ -70,7 +69,8 @@ class PassManager:
             return None  # It is found again, and named, by the run that checks.
         return result
 
-    def _run_one(self, run: PassRun, ctx: PassContext) -> PassRun:
+    def _run_one(self, run: PassRun, ctx: PassContext) -> tuple[IRGraph, int]:
+        """The graph after one pass, and its rewrites."""
         for instrument in self.instruments:
             instrument.before(run)
         started = time.perf_counter()
@@ -96,7 +96,7 @@ class PassManager:
         )
         for instrument in reversed(self.instruments):
             instrument.after(run)
-        return run
+        return result, ctx.rewrites
 
     def _failure(self, run: PassRun, error: Exception) -> PassError:
         """What to raise for a bug of a pass, with what the instruments say about it."""

@@ -1,9 +1,11 @@
 """`Columns`: a graph as flat arrays, so that a law or a pass is a few array operations over all nodes."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import chain, compress, repeat
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,10 @@ _CODES: dict[type[IRNode], int] = {
 def _ints(values: Iterable[Any], count: int = -1) -> Ints:
     """Knowing the count, numpy need not grow the array."""
     return np.fromiter(values, np.int64, count)
+
+
+def _joined(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _indexes(values: list[Any], index: dict[Any, int]) -> Ints:
@@ -79,18 +85,40 @@ def grouped(values: Ints, keys: Ints, count: int) -> list[list[int]]:
 
 
 class Edges:
-    """Edges from nodes to the nodes they name."""
+    """Edges from nodes to the nodes they name.
 
-    def __init__(self, lists: Sequence[tuple[str, ...]], index: dict[str, int]) -> None:
-        self.names = list(chain.from_iterable(lists))
-        count = len(lists)
-        self.count = _ints(map(len, lists), count) if self.names else np.zeros(count, np.int64)
+    Names are looked up as they are read: what is named stands mostly just before, so that its
+    place in the index is still in the processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._counts: list[Ints] = []
+        self._targets: list[Ints] = []
+
+    def read(self, lists: Sequence[tuple[str, ...]], index: dict[str, int]) -> None:
+        """Takes what the next nodes name."""
+        names = list(chain.from_iterable(lists))
+        if not names:
+            self._counts.append(np.zeros(len(lists), np.int64))
+            return
+        self.names += names
+        self._counts.append(_ints(map(len, lists), len(lists)))
+        self._targets.append(_ints(map(index.get, names, repeat(NONE)), len(names)))
+
+    def close(self, index: dict[str, int]) -> None:
+        """All nodes are read: looks up what was named before it stood in the index."""
+        self.count = _joined(self._counts)
         """For each node, how many names it gives."""
         self.start = np.cumsum(self.count) - self.count
         """For each node, its first edge, if it has one."""
-        self.user = np.repeat(np.arange(count), self.count)
-        self.target = _ints(map(index.get, self.names, repeat(NONE)), len(self.names))
+        self.user = np.repeat(np.arange(len(self.count)), self.count)
+        self.target = _joined(self._targets)
         """For each edge, the node it names; `NONE` when there is no such node."""
+        for edge in np.flatnonzero(self.target == NONE).tolist():
+            self.target[edge] = index.get(self.names[edge], NONE)
+        self._counts.clear()
+        self._targets.clear()
 
     def nth(self, nodes: Mask, place: Ints | int) -> Ints:
         """What some nodes name at some place of their list; `NONE` for the other nodes."""
@@ -109,39 +137,35 @@ class Columns:
     """
 
     def __init__(self, graph: "IRGraph") -> None:
-        self.graph = graph
+        self._graph = ref(graph)
         self.nodes = nodes = graph.nodes
+        self.request_index = {request.id: i for i, request in enumerate(graph.requests)}
+        self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
+        self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
+        self.index: dict[str, int] = {}
+        """Nodes by name."""
         self.names: list[str] = []
         self.named_workers: list[str | None] = []
         """The worker of each node, as the node names it."""
-        operands: list[tuple[str, ...]] = []
-        after: list[tuple[str, ...]] = []
+        self.operands, self.after = Edges(), Edges()
         self._steps: list[int | None] = []
         codes: list[int] = []
-        spans: list[KVNode] = []
-        requests: list[str] = []
-        starts: list[int] = []
-        stops: list[int] = []
+        spans: list[tuple[Ints, Ints, Ints]] = []
         for low in range(0, len(nodes), _AT_ONCE):
             some = nodes[low : low + _AT_ONCE]
             kinds = [_CODES.get(type(node), _OTHER) for node in some]
-            self.names += [node.name for node in some]
-            operands += [node.operands for node in some]
-            after += [node.after for node in some]
+            names = [node.name for node in some]
+            self.index.update(zip(names, range(low, low + len(some)), strict=True))
+            self.operands.read([node.operands for node in some], self.index)
+            self.after.read([node.after for node in some], self.index)
+            self.names += names
             self._steps += [node.step for node in some]
             self.named_workers += [node.worker for node in some]
             codes += kinds
             every = _OTHER not in kinds and _ALLREDUCE not in kinds
-            spans = cast(
-                list[KVNode], some if every else [n for n in some if isinstance(n, KVNode)]
-            )
-            requests += [node.request for node in spans]
-            starts += [node.start for node in spans]
-            stops += [node.stop for node in spans]
-        self.index = dict(zip(self.names, range(len(nodes)), strict=True))
-        """Nodes by name."""
-        self.operands = Edges(operands, self.index)
-        self.after = Edges(after, self.index)
+            spans.append(self._spans(some, every))
+        self.operands.close(self.index)
+        self.after.close(self.index)
         self.code = np.array(codes, dtype=np.int8)
         """Kinds, as numbers in no order that means anything."""
         self.is_prefill: Mask = self.code == _PREFILL
@@ -154,19 +178,39 @@ class Columns:
         self.is_kv: Mask = self.is_forward | self.is_move
         for i in np.flatnonzero(self.code == _OTHER).tolist():
             self.is_kv[i] = isinstance(nodes[i], KVNode)
-        self.request_index = {request.id: i for i, request in enumerate(graph.requests)}
-        self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
-        self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
-        self.request = self._spread(map(self.request_index.get, requests, repeat(NONE)), NONE)
-        self.start = self._spread(starts, 0)
-        self.stop = self._spread(stops, 0)
+        request, start, stop = map(list, zip(*spans, strict=True)) if spans else ([], [], [])
+        self.request = self._spread(_joined(request), NONE)
+        self.start = self._spread(_joined(start), 0)
+        self.stop = self._spread(_joined(stop), 0)
 
-    def _spread(self, values: Iterable[Any], default: int) -> Ints:
+    @property
+    def graph(self) -> "IRGraph":
+        """The graph whose columns these are. They do not keep it alive: it keeps them, and a
+        circle of the two would outlive its last use until the next cyclic collection."""
+        graph = self._graph()
+        assert graph is not None, "the columns of a graph that is gone"
+        return graph
+
+    def of(self, graph: "IRGraph") -> "Columns":
+        """These columns as those of another graph with the same nodes, requests and target."""
+        columns = copy(self)
+        columns._graph = ref(graph)
+        return columns
+
+    def _spans(self, nodes: Sequence[IRNode], every: bool) -> tuple[Ints, Ints, Ints]:
+        """Requests, starts and stops of those nodes that are KV nodes, or `every` one."""
+        some = nodes if every else [node for node in nodes if isinstance(node, KVNode)]
+        spans, count = cast(Sequence[KVNode], some), len(some)
+        requests = map(self.request_index.get, [node.request for node in spans], repeat(NONE))
+        starts, stops = [node.start for node in spans], [node.stop for node in spans]
+        return _ints(requests, count), _ints(starts, count), _ints(stops, count)
+
+    def _spread(self, values: Ints, default: int) -> Ints:
         """Values of the KV nodes, with a default for the other nodes."""
         if self.is_kv.all():
-            return _ints(values, len(self.nodes))
+            return values
         column: Ints = np.full(len(self.nodes), default, dtype=np.int64)
-        column[self.is_kv] = _ints(values)
+        column[self.is_kv] = values
         return column
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from attrs import evolve, field, frozen
 
@@ -105,7 +105,17 @@ class IRGraph:
 
     def replace(self, **changes: Any) -> "IRGraph":
         """A copy of this graph with some fields changed."""
-        return evolve(self, **changes)
+        graph = evolve(self, **changes)
+        if changes.keys() <= {"name", "stage"} and (columns := self._columns_made()) is not None:
+            object.__setattr__(graph, "columns", columns.of(graph))
+        return graph
+
+    def _columns_made(self) -> "Columns | None":
+        """The columns, if they were asked for before."""
+        try:
+            return cast("Columns", object.__getattribute__(self, "columns"))
+        except AttributeError:
+            return None
 
     def fresh_name(self, base: str, taken: Iterable[str] = ()) -> str:
         """`base`, or `base.1`, `base.2`, ...: the first that is neither in the graph nor taken."""

@@ -100,6 +100,9 @@ def graphs(
     stage = draw(st.sampled_from(tuple(stages)))
     target = draw(targets(max_workers, max_tp))
     declared = draw(requests(target.block_size, max_requests))
+    if stage == "scheduled":  # nothing here cuts a prefill that no step has room for
+        longest = max((request.prompt_len for request in declared), default=0)
+        target = evolve(target, max_tokens=max(target.max_tokens, longest))
     share = draw(st.booleans()) if shared is None else shared
     placed = stage == "placed" or (stage == "scheduled" and draw(st.booleans()))
     builder = _Builder(draw, target, declared, share, placed)

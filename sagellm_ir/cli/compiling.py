@@ -138,5 +138,6 @@ def choose_tokenizer(name: str, target: Target, requests: Sequence[Request]) -> 
     except (ImportError, SageIRError) as error:
         if name != "auto":
             raise
-        shared.note(f"no tokenizer of {wanted}, so a token is a byte of UTF-8 ({error})")
+        reason = error.diagnostics[0].message if isinstance(error, SageIRError) else error
+        shared.note(f"no tokenizer of {wanted}, so a token is a byte of UTF-8 ({reason})")
         return ByteTokenizer()

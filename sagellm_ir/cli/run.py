@@ -18,6 +18,7 @@ from sagellm_ir.cli.compiling import (
 )
 from sagellm_ir.cli.run_engines import ENGINES, EngineChoice, MakeEngine, opened
 from sagellm_ir.cli.simulate import simulate
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
 
@@ -120,7 +121,17 @@ def _load(path: Path, choice: EngineChoice, trace: Path | None) -> _Job:
 
     made = load_plan(path)
     verify_plan(made)
-    _, make = choice.load(made.target.model)
+    target = made.target
+    try:
+        _, make = choice.load(target.model)
+    except SageIRError as error:
+        message = f"{path} is for target {target.name!r} with model {target.model.name!r}, which "
+        help_ = "compile the requests for a target of this machine (`sage infer plan --target cpu`)"
+        if choice.model is None:
+            help_ += f", or say where {target.model.name!r} is with --model"
+        notes = tuple(str(found.message) for found in error.diagnostics)
+        diagnostic = Diagnostic(f"{message}cannot run here", notes=notes, help=help_)
+        raise SageIRError(diagnostic) from error
     return _Job(made, make, trace)
 
 

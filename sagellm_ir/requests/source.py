@@ -236,7 +236,11 @@ def _csv(name: str, lines: Iterable[Line]) -> Iterator[Record]:
 
 
 def _text(name: str, lines: Iterable[Line]) -> Iterator[Record]:
-    if text := _join(name, lines):
+    text = _join(name, lines)
+    if "\0" in text:
+        help_ = "requests are JSON, CSV or text; unpack an archive, and name the files in it"
+        raise SageIRError(Diagnostic(f"{name} is no text: it has NUL characters", help=help_))
+    if text:
         yield Record(text, Location(name, 1))
 
 

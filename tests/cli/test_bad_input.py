@@ -119,6 +119,15 @@ def test_a_plan_for_another_model(cli: Cli, tmp_path: Path) -> None:
     assert "layers" in ran.err
 
 
+def test_a_plan_for_another_target(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    assert cli("plan", "-r", TOKENS, "--target", "h200", "-o", str(path)).code == 0
+    ran = cli("run", "--plan", str(path))
+    assert (ran.code, ran.out) == (1, "")
+    assert "is for target 'h200' with model 'qwen2.5-7b'" in ran.err
+    assert "--target cpu" in ran.err
+
+
 def test_a_model_folder_without_weights(cli: Cli, tmp_path: Path) -> None:
     ran = cli("run", "-r", TOKENS, "--model", str(tmp_path))
     assert (ran.code, ran.out) == (1, "")

@@ -1,7 +1,9 @@
 """The pass manager, its instruments, reproducers and bisection."""
 
+import gc
 import io
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from rich.console import Console
@@ -225,3 +227,29 @@ def test_bisect_finds_the_first_bad_rewrite(graph: IRGraph) -> None:
         ),
     )
     assert bisect(pipeline(Rename()), many, lambda result: "x73" in print_graph(result)) == 37
+
+
+def test_a_graph_between_passes_goes_with_its_last_use(graph: IRGraph) -> None:
+    """Without the cyclic collector, which rests while a large workload is compiled."""
+    seen: list[ref[IRGraph]] = []
+
+    class Watch(Instrument):
+        def after(self, run: PassRun) -> None:
+            seen.append(ref(run.result))
+
+    gc.disable()
+    try:
+        result = PassManager(Pipeline.parse("O2"), (Watch(),)).run(graph)
+        alive = {id(found()) for found in seen if found() is not None}
+    finally:
+        gc.enable()
+    assert len(seen) > 4
+    assert alive == {id(result)}
+
+
+def test_columns_go_over_to_another_stage(graph: IRGraph) -> None:
+    columns = graph.columns
+    placed = graph.replace(stage="placed")
+    assert placed.columns.index is columns.index
+    assert placed.columns.graph is placed
+    assert columns.graph is graph

@@ -217,3 +217,15 @@ def test_csv_by_suffix_and_a_broken_one(tmp_path: Path) -> None:
     (warning,) = load_requests([write(tmp_path / "t.csv", header + row[:-1] + ",9")]).warnings
     assert "'a further column' has no effect" in warning.message
     assert "GeneratedTokens: expected" in error(write(tmp_path / "t.csv", header + "2023-11-16,5"))
+
+
+def test_an_archive_is_no_text(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("requests.jsonl"))
+    text = error(write(tmp_path / "requests.tar", packed.getvalue()))
+    assert "requests.tar is no text" in text
+    assert "unpack an archive" in text

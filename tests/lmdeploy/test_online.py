@@ -63,7 +63,8 @@ def test_arrivals_are_gathered_while_a_decode_step_runs_as_stock_gathers_them() 
         # However often something arrives or ends, a decode decision covers its 16 forwards.
         assert set(decodes[:-2]) == {LOOPS}
     prefills = [sum(not step["decode"] for step in trace) for trace in (stock, planned)]
-    assert prefills[1] <= prefills[0] < 24
+    # 24 requests, one every 6 forwards: in 16 forwards come two or three.
+    assert max(prefills) <= 14
     rows = [
         sum(len(step["tokens"]) for step in trace if not step["decode"]) for trace in (planned,)
     ]

@@ -191,8 +191,15 @@ class Fleet:
     async def _check_all(self) -> None:
         while True:
             for place in list(self.places.values()):
-                await self._check(place, self._most_failures)
+                await self._try_check(place)
             await asyncio.sleep(self._interval)
+
+    async def _try_check(self, place: Place) -> None:
+        """Whatever becomes of it, the other engines are asked all the same."""
+        try:
+            await self._check(place, self._most_failures)
+        except Exception:
+            logger.exception("engine %s could not be checked", place.engine_id)
 
     async def _check(self, place: Place, at_most: int) -> None:
         """Ask one engine's health; in ERROR after so many failures, READY when it answers."""

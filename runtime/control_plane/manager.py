@@ -8,6 +8,7 @@ It goes wherever a `ControlPlaneManager` does, the real gateway too: `create_app
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime
 from typing import Any
@@ -42,6 +43,8 @@ POLICIES = ("fifo", "priority", "slo_aware", "adaptive", "lifetime_aware")
 takes any other word for fifo. Grouping by prefix is the routing "longest_prefix"."""
 NOBODY = "fleet"
 """The engine of an answer that no engine began."""
+
+logger = logging.getLogger(__name__)
 
 
 class FleetManager(ControlPlaneManager):  # type: ignore[misc]  # it comes without types
@@ -231,10 +234,17 @@ class FleetManager(ControlPlaneManager):  # type: ignore[misc]  # it comes witho
         while True:
             await asyncio.sleep(self._interval)
             for info in self.list_engines(EngineState.ERROR):
-                member = self._members.get(info.engine_id)
-                if member is not None and await member.health_check():
-                    info.consecutive_failures = 0
-                    self.update_engine_state(info.engine_id, EngineState.READY)
+                await self._try_revive(info)
+
+    async def _try_revive(self, info: EngineInfo) -> None:
+        """Whatever becomes of it, the other engines are asked all the same."""
+        member = self._members.get(info.engine_id)
+        try:
+            if member is not None and await member.health_check():
+                info.consecutive_failures = 0
+                self.update_engine_state(info.engine_id, EngineState.READY)
+        except Exception:
+            logger.exception("engine %s could not be checked", info.engine_id)
 
 
 class _Balancer(LoadBalancer):  # type: ignore[misc]  # it comes without types

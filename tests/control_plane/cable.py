@@ -5,6 +5,9 @@ import contextlib
 
 __all__ = ["Cable"]
 
+EVENT = b"data: {"
+"""How an event of a streamed answer begins."""
+
 
 class Cable:
     """Listens on a port of its own, and passes bytes both ways until it is cut.
@@ -41,6 +44,8 @@ class Cable:
     async def _connect(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             far, out = await asyncio.open_connection("127.0.0.1", self._far)
+            for writer in (back, out):
+                writer.transport.set_write_buffer_limits(0)  # what was passed arrives, cut or not
             self._writers += [back, out]
             await asyncio.gather(self._pass(near, out), self._pass(far, back, counted=True))
 
@@ -50,11 +55,21 @@ class Cable:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
                 self.posts += data.count(b"POST /v1/c")
-                if counted and self.after is not None:
-                    self.after -= data.count(b"data: {")
-                    if self.after < 0:
-                        self.cut()
-                        return
-                sink.write(data)
+                passed = self._passed(data) if counted else data
+                sink.write(passed)
                 await sink.drain()
+                if len(passed) < len(data):
+                    self.cut()
+                    return
             sink.write_eof()
+
+    def _passed(self, data: bytes) -> bytes:
+        """The part of an answer up to the last event that may pass, also when all come at once."""
+        if self.after is None:
+            return data
+        *events, rest = data.split(EVENT)
+        kept = events[: self.after]
+        if len(events) > self.after:
+            return EVENT.join([*kept, events[self.after]])
+        self.after -= len(events)
+        return EVENT.join([*kept, rest])

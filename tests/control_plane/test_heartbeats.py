@@ -12,8 +12,8 @@ from fastapi import FastAPI, HTTPException
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.runtime.control_plane.attach import ENGINES, Attachment, EngineRecord, Figures
 from sagellm_ir.runtime.control_plane.fleet import Fleet
-from sagellm_ir.runtime.control_plane.remote import engine_url
-from tests.control_plane.test_gateways import BOTH, Gateway, serve
+from sagellm_ir.runtime.control_plane.remote import RemoteEngine, engine_url
+from tests.control_plane.test_gateways import BOTH, Gateway, engine, serve
 from tests.control_plane.tiny_fleet import MODEL, eventually
 
 BUSY = Figures(2, 1, 64, 128)
@@ -167,3 +167,32 @@ def test_addresses() -> None:
     assert engine_url("Node-1.example", 80) == "http://Node-1.example:80"
     with pytest.raises(SageIRError, match="expected a name or an address, got ''"):
         engine_url("", 9)
+
+
+@BOTH
+def test_health_checks_go_on_after_one_that_breaks(
+    gateway: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine in ERROR is READY again as soon as it answers."""
+    answers: list[Any] = [False, ZeroDivisionError("not checked")]
+
+    async def health_check(_: RemoteEngine) -> bool:
+        answer = answers.pop(0) if answers else True
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+    async def test() -> None:
+        async with gateway() as at, engine("a") as (_, port):
+            attachment = Attachment(at.url, EngineRecord("a", MODEL, "127.0.0.1", port))
+            await attachment.open()
+            monkeypatch.setattr(RemoteEngine, "health_check", health_check)
+            if isinstance(at.fleet, Fleet):
+                await at.come_to(a="ERROR")
+            else:  # its own checks do not go through the member
+                await at.fleet.suspect("a")
+            await at.come_to(a="READY")
+            await attachment.close()
+
+    asyncio.run(test())
+    assert "ZeroDivisionError: not checked" in caplog.text

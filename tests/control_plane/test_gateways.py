@@ -444,8 +444,8 @@ def test_the_unified_client_in_process() -> None:
 
             await asyncio.to_thread(use)
             # Over HTTP, the gateway package answers from the same engine: create_app(control_plane=...).
-            body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]}
-            body |= {"max_tokens": NEW, "temperature": 0}
+            body: dict[str, Any] = {"model": MODEL, "max_tokens": NEW, "temperature": 0}
+            body["messages"] = [{"role": "user", "content": QUESTION}]
             reply = (await at.http.post("/v1/chat/completions", json=body)).json()
             assert reply["choices"][0]["message"]["content"] == expected(chat("x", QUESTION))
             assert made.load().finished == 3

@@ -1,11 +1,11 @@
 """Pictures of a graph as text: Graphviz `dot` and Mermaid flow charts, one box a node."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import IRNode, KVNode
 
-__all__ = ["to_dot", "to_mermaid"]
+__all__ = ["COLOURS", "OTHER", "dot_text", "to_dot", "to_mermaid"]
 
 COLOURS = {
     "prefill": "#cfe2ff",
@@ -17,10 +17,16 @@ COLOURS = {
 OTHER = "#eeeeee"
 
 
-def _label(node: IRNode) -> str:
+def dot_text(*lines: str) -> str:
+    """Lines as a quoted Graphviz text."""
+    escaped = (line.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+    return '"' + "\\n".join(escaped) + '"'
+
+
+def _label(node: IRNode) -> tuple[str, str]:
     span = f"@{node.request}[{node.start}:{node.stop}]" if isinstance(node, KVNode) else node.type
     where = "" if node.step is None else f" step {node.step}"
-    return f"{node.name}|{node.kind} {span}{where}"
+    return node.name, f"{node.kind} {span}{where}"
 
 
 def _edges(graph: IRGraph) -> Iterator[tuple[int, int, bool]]:
@@ -35,15 +41,11 @@ def _edges(graph: IRGraph) -> Iterator[tuple[int, int, bool]]:
 
 def to_dot(graph: IRGraph) -> str:
     """Graphviz text: data edges are solid, order edges dashed."""
-
-    def quoted(text: str) -> str:
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("|", "\\n") + '"'
-
-    lines = [f"digraph {quoted(graph.name)} {{", "  rankdir = LR;"]
+    lines = [f"digraph {dot_text(graph.name)} {{", "  rankdir = LR;"]
     lines.append('  node [shape = box, style = "rounded,filled", fontname = "monospace"];')
     for index, node in enumerate(graph.nodes):
         colour = COLOURS.get(node.kind, OTHER)
-        lines.append(f'  n{index} [label = {quoted(_label(node))}, fillcolor = "{colour}"];')
+        lines.append(f'  n{index} [label = {dot_text(*_label(node))}, fillcolor = "{colour}"];')
     for source, sink, is_data in _edges(graph):
         lines.append(f"  n{source} -> n{sink}{'' if is_data else ' [style = dashed]'};")
     return "\n".join([*lines, "}"])
@@ -52,8 +54,8 @@ def to_dot(graph: IRGraph) -> str:
 def to_mermaid(graph: IRGraph) -> str:
     """A Mermaid flow chart: data edges are solid, order edges dotted."""
 
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', "#quot;").replace("|", "<br/>") + '"'
+    def quoted(lines: Iterable[str]) -> str:
+        return '"' + "<br/>".join(lines).replace('"', "#quot;") + '"'
 
     lines = ["flowchart LR"]
     kinds = sorted({node.kind for node in graph.nodes})

@@ -8,7 +8,6 @@ import typer
 from sagellm_ir.cli import shared, watching
 from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
 from sagellm_ir.cli.passes_table import print_passes, print_what_passes_did
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.bisect import bisect as find_rewrite
 from sagellm_ir.passes.instruments import graph_diff, op_delta, read_reproducer
@@ -86,6 +85,7 @@ def _print(graph: IRGraph, form: str, provenance: bool) -> str:
 
 
 def _print_plan(compilation: Compilation, passes: Pipeline, form: str) -> str:
+    from sagellm_ir.lowering.picture import plan_dot
     from sagellm_ir.lowering.render import plan_mermaid, plan_text
     from sagellm_ir.lowering.serial import plan_to_json
 
@@ -95,7 +95,7 @@ def _print_plan(compilation: Compilation, passes: Pipeline, form: str) -> str:
     if form == "mermaid":
         return plan_mermaid(plan)
     if form == "dot":
-        raise SageIRError(Diagnostic("a plan has no dot form", help="use text, json or mermaid"))
+        return plan_dot(plan)
     return plan_text(plan)
 
 

@@ -59,6 +59,9 @@ def test_dump_as_json_and_plans(cli: Cli) -> None:
     assert cli("ir", "dump", "-r", TOKENS, "--stage", "plan", "-f", "mermaid").out.startswith(
         "gantt"
     )
+    picture = cli("ir", "dump", "-r", TOKENS, "--stage", "plan", "-f", "dot").out
+    assert picture.startswith("digraph")
+    assert "prefill t0[" in picture
     plan = json.loads(cli("ir", "dump", "-r", TOKENS, "--stage", "plan", "-f", "json").out)
     schema = json.loads(cli("schema", "dump", "ExecutionPlan").out)
     jsonschema.validate(plan, schema)

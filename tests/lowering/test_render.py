@@ -1,13 +1,31 @@
 """Plans as tables and timelines."""
 
+from attrs import evolve
 from hypothesis import given, settings
+from syrupy.assertion import SnapshotAssertion
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering import lower
+from sagellm_ir.lowering.compiler import compile_requests
+from sagellm_ir.lowering.picture import plan_dot
+from sagellm_ir.lowering.plan import ExecutionPlan
 from sagellm_ir.lowering.render import plan_bars, plan_mermaid, plan_rows, plan_text
+from sagellm_ir.request import Request, TokenPrompt
+from sagellm_ir.target import Target, Worker
 from tests.lowering.plans import graphs
 from tests.lowering.test_lower import cached
 from tests.lowering.test_verify_plan import PLAN
+
+
+def disaggregated() -> ExecutionPlan:
+    """Two requests that share two blocks, prefilled on one worker and decoded on another."""
+    prompts = [tuple(range(40)), (*range(32), 7, 8, 9)]
+    requests = [
+        Request(name, prompt=TokenPrompt(tokens), max_new_tokens=4)
+        for name, tokens in zip("ab", prompts, strict=True)
+    ]
+    workers = (Worker("p", role="prefill"), Worker("d", role="decode"))
+    return compile_requests(requests, evolve(Target(), workers=workers)).plan
 
 
 def test_a_table() -> None:
@@ -52,6 +70,14 @@ def test_a_chart_has_a_section_for_each_request() -> None:
     assert chart.count(" : active, ") == 2
 
 
+def test_a_picture_has_a_row_for_each_worker(snapshot: SnapshotAssertion) -> None:
+    assert plan_dot(disaggregated()) == snapshot
+
+
+def test_a_picture_shows_what_is_shared() -> None:
+    assert "share [0:8] r0 r1" in plan_dot(PLAN)
+
+
 @given(graphs())
 @settings(deadline=None)
 def test_every_plan_can_be_shown(graph: IRGraph) -> None:
@@ -59,4 +85,5 @@ def test_every_plan_can_be_shown(graph: IRGraph) -> None:
     rows = list(plan_rows(plan))
     assert len(plan_text(plan).splitlines()) == len(plan.steps) + 1
     assert rows[-1].used == 0
+    assert plan_dot(plan).count("[label = ") == len(plan.steps)
     assert {bar.request for bar in plan_bars(plan)} == {request.id for request in plan.requests}

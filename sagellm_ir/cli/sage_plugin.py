@@ -55,8 +55,11 @@ def _mount_on_argparse(host: Any, name: str) -> None:
 
 
 def _run(name: str, arguments: argparse.Namespace) -> int:
+    from sagellm_ir.cli.completion import complete
     from sagellm_ir.cli.main import main
 
+    if (code := complete(arguments.words)) is not None:
+        return code
     return main(arguments.words, program=f"sage {name}", commands=_group(name))
 
 

@@ -1,6 +1,8 @@
 """`sage infer` on both live `sage` commands, for real."""
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -135,3 +137,23 @@ def test_register_never_raises(capsys: pytest.CaptureFixture[str]) -> None:
 
     sage_plugin.register(Broken())
     assert "no more room" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_commands_of_sage(
+    isage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{isage.parent}:{os.environ['PATH']}")
+    for _ in range(2):
+        assert run(isage, "infer", "--install-completion", "bash").returncode == 0
+    start = tmp_path / ".bashrc"
+    assert start.read_text().count("source ") == 1
+    for typed, wanted in (("sage infer ir du", "dump"), ("sage llm engine li", "list")):
+        words = typed.split()
+        asked = f"source {start}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; "
+        done = run("bash", "-c", f'{asked}_sage_completion; echo "${{COMPREPLY[@]}}"')
+        assert done.stdout.split() == [wanted], done.stderr
+    refused = run(isage, "infer", "--install-completion", "csh")
+    assert refused.returncode == 2
+    assert "bash or zsh" in refused.stderr

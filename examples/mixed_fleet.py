@@ -30,6 +30,8 @@ DOCUMENTS = (
     "red, and its lamp is still lit by hand on the first night of every winter.",
     "The market opens at five. Fishermen sell what they caught in the night, and by eight there is "
     "nothing left but ice, gulls and the smell of coffee from the bar at the corner.",
+    "Two sisters walk the old railway line each autumn, nine days from the mountains to the sea, and "
+    "sleep in the empty stations. They have never met a train.",
 )
 QUESTIONS = ("What is this text about?", "Name one number in it.", "Who is in it?")
 
@@ -105,7 +107,7 @@ def run(also: Sequence[str], vllm: str | None) -> None:
             words = (place, "--engine-kind", kind, "--gateway", url, "--model", MODEL)
             console.print(f"engine {sagellm('llm', 'engine', 'attach', *words)['engine_id']}")
         with UnifiedInferenceClient.create(url) as client:
-            console.rule("Questions about two documents", align="left")
+            console.rule("Questions about a few documents", align="left")
             ask_all(client, engines)
             console.rule("The engine is killed in the middle of an answer", align="left")
             kill_mid_answer(client, engines)

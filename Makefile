@@ -71,9 +71,16 @@ types: setup
 
 unit: setup build/lmdeploy/.ready build/control-plane/.ready build/vllm/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=
-	@if test -f build/vllm/.ready; then for release in $(VLLM_RELEASES); do \
-	    echo "vLLM $$release" && OMP_NUM_THREADS=1 build/vllm/$$release/bin/python -m pytest -q tests/vllm || exit 1; \
-	done; fi
+	@all= failed=; if test -f build/vllm/.ready; then \
+	    for release in $(VLLM_RELEASES); do \
+	        OMP_NUM_THREADS=1 build/vllm/$$release/bin/python -m pytest -q tests/vllm >build/vllm/$$release.log 2>&1 & \
+	        all="$$all $$release:$$!"; \
+	    done; \
+	    for one in $$all; do \
+	        wait $${one#*:} || failed=1; echo "vLLM $${one%:*}"; cat build/vllm/$${one%:*}.log; \
+	    done; \
+	    test -z "$$failed"; \
+	fi
 	$(BIN)/coverage report --include 'sagellm_ir/*,passes/*,lowering/*' --skip-covered --fail-under=90
 
 docs: setup  ## Make docs/protocols.md from the definitions.

@@ -18,6 +18,7 @@ if HERE:
     os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning pools on a busy machine stall
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # its samplers: half a minute a release
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from sagellm_ir.lowering.allocator import BlockPool
-from sagellm_ir.lowering.plan import KVFree
-from sagellm_ir.target import Target
+from sagellm_ir.lowering.plan import KVFree, KVMove
+from sagellm_ir.target import DEVICE, HOST, Target, Tier
 
 __all__ = ["Ledger", "Shelf"]
 
@@ -32,6 +32,10 @@ class Shelf:
         """Cached content, least recently used first."""
         self.freed: list[int] = []
         """Blocks given back since the engine was told last."""
+        self.below: Shelf | None = None
+        """Where what gives way is kept."""
+        self.spilled: list[tuple[int, int]] = []
+        """Blocks that gave way, and where below they are to be copied, since the engine was told last."""
 
     @property
     def room(self) -> int:
@@ -45,6 +49,9 @@ class Shelf:
             del self._idle[content]
             block = self.block_of.pop(content)
             del self.content_of[block]
+            place = None if self.below is None else self.below._keep(content)
+            if place is not None:
+                self.spilled.append((block, place))
             self._free(block)
         taken = self._pool.take(count)
         assert taken is not None, f"{count} blocks wanted, {self._pool.free_blocks} are free"
@@ -93,22 +100,53 @@ class Shelf:
         """Whether content is cached and nobody holds it."""
         return content in self._idle
 
+    def _keep(self, content: int) -> int | None:
+        """A block to copy content to; None: it is here, or there is no room."""
+        if content in self._idle:
+            self._idle[content] = self._idle.pop(content)
+        if content in self.block_of or not self.room:
+            return None
+        (place,) = self.take(1)
+        self.write(place, content)
+        self.drop((place,))
+        return place
+
     def _free(self, block: int) -> None:
         self._pool.free((block,))
         self.freed.append(block)
 
 
 class Ledger(dict[str, Shelf]):
-    """The shelf of each tier of one worker."""
+    """The shelf of each tier of one worker.
 
-    def __init__(self, target: Target) -> None:
+    Args:
+        target: has the tiers.
+        spill: keep what gives way on the device in the host tier, where a copy there and back takes
+            less time than computing it again.
+    """
+
+    def __init__(self, target: Target, spill: bool = False) -> None:
         super().__init__((tier.name, Shelf(tier.blocks)) for tier in target.tiers)
+        host = target.tier(HOST)
+        if spill and host is not None and _pays(target, host):
+            self[DEVICE].below = self[HOST]
 
-    def take_frees(self) -> tuple[KVFree, ...]:
-        """What was given back since the last call, for the engine."""
-        frees = []
-        for tier, shelf in self.items():
+    def take_changes(self) -> tuple[KVFree | KVMove, ...]:
+        """What was given back and spilled since the last call, for the engine, in this order."""
+        changes: list[KVFree | KVMove] = []
+        for tier, shelf in reversed(self.items()):  # room below is made before it is filled
+            if shelf.spilled:
+                src, dst = zip(*shelf.spilled, strict=True)
+                changes.append(KVMove(tier, HOST, src, dst))
+                shelf.spilled.clear()
             if shelf.freed:
-                frees.append(KVFree(tier, tuple(shelf.freed)))
+                changes.append(KVFree(tier, tuple(shelf.freed)))
                 shelf.freed.clear()
-        return tuple(frees)
+        return tuple(changes)
+
+
+def _pays(target: Target, host: Tier) -> bool:
+    """Whether to fetch a block costs less than to compute it."""
+    model, size = target.model, target.block_size
+    copies = 2 * model.kv_bytes_per_token * size / target.tp / host.bandwidth
+    return copies < 2 * model.layer_params * size / target.tp / target.device.flops

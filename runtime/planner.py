@@ -75,6 +75,7 @@ class OnlinePlanner:
         window: waiting requests to plan at a time.
         outlast: let a decode step go on when the first of its answers has ended, up to
             `max_loops`. For engines that end an answer inside a step by themselves.
+        spill: keep cached blocks that give way in the host tier; any step may then have moves.
 
     Raises:
         SageIRError: the target has several workers, or the pipeline cannot be parsed.
@@ -88,6 +89,7 @@ class OnlinePlanner:
         reserve: int | None = None,
         window: int = 256,
         outlast: bool = False,
+        spill: bool = False,
     ) -> None:
         if len(target.workers) != 1:
             message = f"the online planner plans for one worker, not {len(target.workers)}"
@@ -100,7 +102,7 @@ class OnlinePlanner:
         self._passes = PassManager(Pipeline.parse(pipeline), between=False)
         self._reserve, self._window = reserve, window
         self._requests = Requests(target)
-        self._ledger = Ledger(target)
+        self._ledger = Ledger(target, spill)
         self._batch = Batch(target, outlast)
         self._rows: dict[str, Row] = {}
         """Requests that hold blocks."""
@@ -162,7 +164,8 @@ class OnlinePlanner:
         planned = self._fragment is not None and name in self._fragment.decls
         if planned and (row is None or row.computed < job.known):
             self._close()
-        self._ledger[DEVICE].forget(job.private)
+        for shelf in self._ledger.values():
+            shelf.forget(job.private)
         if row is not None:
             self._release(name, row, tokens)
 
@@ -202,11 +205,11 @@ class OnlinePlanner:
                 self._requeue(row.job)
             self._new_epoch()
             step = self._planned()
-        frees = self._ledger.take_frees()
-        if step is None and not frees:
+        changes = self._ledger.take_changes()
+        if step is None and not changes:
             return None
         step = step or PlanStep(0, self.target.workers[0].name, loops=0)
-        step = evolve(step, index=self._issued, kv=(*frees, *step.kv))
+        step = evolve(step, index=self._issued, kv=(*changes, *step.kv))
         self._issued += 1
         return step
 

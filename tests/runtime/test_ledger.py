@@ -1,8 +1,9 @@
 """What blocks hold: cached content gives way last used first, held content never."""
 
-from sagellm_ir.lowering.plan import KVFree
+from sagellm_ir.lowering.plan import KVFree, KVMove
+from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.ledger import Ledger, Shelf
-from sagellm_ir.target import Target, Tier
+from sagellm_ir.target import DEVICE, HOST, Target, Tier
 
 
 def test_cached_blocks_give_way_least_recently_used_first() -> None:
@@ -39,7 +40,44 @@ def test_a_block_is_free_when_nobody_holds_it() -> None:
     held = ledger["host"].take(2)
     ledger["host"].hold(held)
     ledger["host"].drop(held)
-    assert ledger.take_frees() == ()
+    assert ledger.take_changes() == ()
     ledger["host"].drop(held)
-    assert ledger.take_frees() == (KVFree("host", held[::-1]),)
-    assert ledger.take_frees() == ()
+    assert ledger.take_changes() == (KVFree("host", held[::-1]),)
+    assert ledger.take_changes() == ()
+
+
+def test_what_gives_way_is_kept_below() -> None:
+    """Copied before its block is used again; found there, and not copied twice."""
+    target = load_target("vllm-cpu", tiers={DEVICE: {"blocks": 2}, HOST: {"blocks": 1}})
+    ledger = Ledger(target, spill=True)
+    device, host = ledger[DEVICE], ledger[HOST]
+
+    def use(content: int) -> None:
+        (block,) = device.take(1)
+        device.write(block, content)
+        device.drop((block,))
+
+    for content in (7, 8):
+        use(content)
+    assert ledger.take_changes() == ()
+    use(9)
+    assert ledger.take_changes() == (
+        KVMove(DEVICE, HOST, (0,), (0,)),
+        KVFree(DEVICE, (0,)),
+    )
+    assert host.idle(7)
+    use(10)  # 8 takes the place of 7
+    assert ledger.take_changes() == (
+        KVFree(HOST, (0,)),
+        KVMove(DEVICE, HOST, (1,), (0,)),
+        KVFree(DEVICE, (1,)),
+    )
+    assert not host.idle(7)
+    assert host.idle(8)
+
+
+def test_what_is_cheap_to_compute_is_not_kept() -> None:
+    slow = {DEVICE: {"blocks": 1}, HOST: {"blocks": 1, "bandwidth": 1.0}}
+    ledger = Ledger(load_target("vllm-cpu", tiers=slow), spill=True)
+    assert ledger[DEVICE].below is None
+    assert Ledger(load_target("vllm-cpu"))[DEVICE].below is None

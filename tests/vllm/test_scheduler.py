@@ -189,6 +189,23 @@ def test_the_next_turn_computes_what_is_new() -> None:
     assert computed[1] == computed[0] + 9 + 3 - kept
 
 
+def test_a_prefix_that_gave_way_comes_back_from_the_host() -> None:
+    scheduler, worker = unit.make(unit.target(BLOCKS)), SymbolicWorker(unit.BLOCK)
+    documents = [tuple(range(first, first + 9 * unit.BLOCK)) for first in (0, 10)]
+    computed = []
+    for turn, document in enumerate((*documents, documents[0])):
+        answers: Answers = {}
+        before = scheduler.stats.prefill_tokens
+        scheduler.add_request(unit.request(f"q{turn}", (*document, turn), 3))
+        while scheduler.has_requests():
+            tick(scheduler, worker, answers)
+        assert answers[f"q{turn}"] == answer((*document, turn), 3)
+        computed.append(scheduler.stats.prefill_tokens - before)
+    assert computed[0] == computed[1] == len(documents[0]) + 1
+    assert computed[2] == 1
+    assert scheduler.stats.moved_blocks > 0
+
+
 def test_a_request_that_never_fits_is_ended() -> None:
     scheduler, worker = unit.make(unit.target(4)), SymbolicWorker(unit.BLOCK)
     scheduler.add_request(unit.request("huge", tuple(range(20)), 9))

@@ -42,7 +42,8 @@ class OnlineSource:
             SageIRError: the pipeline cannot be parsed.
         """
         pipeline = option(vllm_config, "sagellm_pipeline", "O2")
-        return cls(OnlinePlanner(evolve(target, max_loops=1), pipeline), sequences)
+        planner = OnlinePlanner(evolve(target, max_loops=1), pipeline, spill=True)
+        return cls(planner, sequences)
 
     def next_step(self, view: EngineView) -> PlanStep | None:
         """See `PlanSource`. It knows what the view says."""

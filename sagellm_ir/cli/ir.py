@@ -140,6 +140,7 @@ def opt(
     dump_dir: watching.DumpDir = None,
     repro: watching.ReproFile = Path("repro.ir"),
     provenance: Provenance = False,
+    as_json: shared.AsJson = False,
     output: shared.Out = None,
 ) -> None:
     """Run passes over a graph: text in, text out."""
@@ -150,14 +151,17 @@ def opt(
     watch = watching.Watch.of(timing, stats, print_diff, dump_dir, repro)
     result = PassManager(passes, watch.instruments, max_rewrites).run(parsed)
     watch.report()
-    shared.emit(print_graph(result, provenance=provenance), output)
+    shared.emit(_print(result, "json" if as_json else "text", provenance), output)
 
 
 @shared.command(app, "verify", example="ir verify graph.ir")
-def check(graph: Graph = "-") -> None:
+def check(graph: Graph = "-", as_json: shared.AsJson = False) -> None:
     """Check a graph against all laws."""
     parsed = parse_graph(shared.read_text(graph), graph)
     verify(parsed)
+    if as_json:
+        shared.emit_json({"valid": True, "stage": parsed.stage, "nodes": len(parsed.nodes)})
+        return
     shared.note(f"{graph}: a valid {parsed.stage} graph of {len(parsed.nodes)} nodes")
 
 
@@ -168,16 +172,21 @@ def diff(
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit with 1 when they differ, as git diff does.")
     ] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Show how two graphs differ, formatting and comments aside."""
     left, right = (parse_graph(shared.read_text(path), path) for path in (before, after))
-    if left == right:
+    equal, text = left == right, graph_diff(left, right, (before, after))
+    delta = op_delta(left, right)
+    if as_json:
+        shared.emit_json({"equal": equal, "nodes": delta, "diff": text})
+    elif equal:
         shared.note("the graphs are equal")
-        return
-    shared.emit(graph_diff(left, right, (before, after)))
-    counts = ", ".join(f"{kind} {delta:+d}" for kind, delta in op_delta(left, right).items())
-    shared.note(f"nodes: {counts or 'the same number of each kind'}")
-    if exit_code:
+    else:
+        shared.emit(text)
+        counts = ", ".join(f"{kind} {more:+d}" for kind, more in delta.items())
+        shared.note(f"nodes: {counts or 'the same number of each kind'}")
+    if exit_code and not equal:
         raise typer.Exit(1)
 
 
@@ -187,11 +196,16 @@ def repro(
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Find the first rewrite that makes it fail.")
     ] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Run the pass of a reproducer on its graph again."""
     pipeline, graph = read_reproducer(file)
-    if bisect:
-        number = find_rewrite(pipeline, graph, lambda result: False)
-        shared.emit("it does not fail" if number is None else f"fails from rewrite {number} on")
+    if not bisect:
+        result = PassManager(pipeline).run(graph)
+        shared.emit(_print(result, "json" if as_json else "text", provenance=False))
         return
-    shared.emit(print_graph(PassManager(pipeline).run(graph)))
+    number = find_rewrite(pipeline, graph, lambda result: False)
+    if as_json:
+        shared.emit_json({"fails_from_rewrite": number})
+    else:
+        shared.emit("it does not fail" if number is None else f"fails from rewrite {number} on")

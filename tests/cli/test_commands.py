@@ -108,6 +108,24 @@ def test_opt_verify_and_diff(cli: Cli, tmp_path: Path) -> None:
     assert different.out.startswith(f"--- {before}\n+++ {after}\n")
 
 
+def test_graphs_for_programs(cli: Cli, tmp_path: Path) -> None:
+    before, after = tmp_path / "a.ir", tmp_path / "b.ir"
+    cli("ir", "dump", "-r", CHAT, "--tokenizer", "bytes", "--stage", "built", "-o", str(before))
+    made = cli("ir", "opt", "-p", "prefix-dedup", str(before), "--json")
+    nodes = json.loads(made.out)["graph"]["nodes"]
+    cli("ir", "opt", "-p", "prefix-dedup", str(before), "-o", str(after))
+    checked = json.loads(cli("ir", "verify", str(after), "--json").out)
+    assert checked == {"valid": True, "stage": "built", "nodes": len(nodes)}
+    same = json.loads(cli("ir", "diff", str(before), str(before), "--json").out)
+    assert same == {"equal": True, "nodes": {}, "diff": ""}
+    found = cli("ir", "diff", str(before), str(after), "--json", "--exit-code")
+    assert found.code == 1
+    different = json.loads(found.out)
+    assert not different["equal"]
+    assert different["nodes"]["prefill"] > 0
+    assert different["diff"].startswith("---")
+
+
 def test_no_rewrites_allowed(cli: Cli, tmp_path: Path) -> None:
     before = tmp_path / "a.ir"
     cli("ir", "dump", "-r", CHAT, "--tokenizer", "bytes", "--stage", "built", "-o", str(before))
@@ -120,7 +138,10 @@ def test_a_reproducer_runs_again(cli: Cli, tmp_path: Path) -> None:
     repro = tmp_path / "repro.ir"
     repro.write_text(f"// RUN: --pipeline canonicalize\n{graph}")
     assert parse_graph(cli("ir", "repro", str(repro)).out).requests
+    assert json.loads(cli("ir", "repro", str(repro), "--json").out)["graph"]["requests"]
     assert cli("ir", "repro", str(repro), "--bisect").out.strip() == "it does not fail"
+    bisected = cli("ir", "repro", str(repro), "--bisect", "--json")
+    assert json.loads(bisected.out) == {"fails_from_rewrite": None}
 
 
 def test_plan_files_run_on_the_simulator(cli: Cli, tmp_path: Path) -> None:

@@ -143,6 +143,73 @@ def test_a_step_may_outlast_the_first_answer_to_end() -> None:
     assert loops == {False: [1, 3, 8, 0], True: [1, 11]}
 
 
+def running(*names: str, new: int = 4) -> tuple[CheckedEngine, OnlinePlanner]:
+    """An engine in which these requests have their first token."""
+    engine = CheckedEngine(TARGET)
+    planner = OnlinePlanner(TARGET, PIPELINE)
+    come(engine, planner, *names, new=new)
+    step = planner.next_step(engine.view())
+    assert step is not None
+    engine.step(step)
+    return engine, planner
+
+
+def come(engine: CheckedEngine, planner: OnlinePlanner, *names: str, new: int = 4) -> None:
+    for name in names:
+        engine.submit(request(name, [ord(name)] * 5, new))
+        planner.submit(request(name, [ord(name)] * 5, new))
+        planner.meet(name)
+
+
+def finish(engine: CheckedEngine, planner: OnlinePlanner) -> dict[str, int]:
+    """Run to the end; the tokens of each answer."""
+    while (step := planner.next_step(engine.view())) is not None:
+        engine.step(step)
+    return {one.id: one.generated for one in engine.report().requests}
+
+
+def test_what_comes_while_the_last_tokens_are_in_flight_is_compiled_alone() -> None:
+    engine, planner = running("a", "b")
+    last = planner.next_step(engine.view())
+    assert last is not None
+    assert last.loops == 3  # All that is planned of both; their ends are not known yet.
+    come(engine, planner, "c")
+    planner.compile_ahead()
+    assert planner.plan is not None
+    assert [one.id for one in planner.plan.requests] == ["c"]
+    engine.step(last)
+    step = planner.next_step(engine.view())
+    assert step is not None
+    assert [chunk.request for chunk in step.prefill] == ["c"]
+    engine.step(step)
+    assert finish(engine, planner) == {"a": 4, "b": 4, "c": 4}
+
+
+def test_who_comes_after_a_plan_was_made_ahead_joins_its_first_step() -> None:
+    engine, planner = running("a", new=9)
+    decode = planner.next_step(engine.view())
+    assert decode is not None
+    come(engine, planner, "b")
+    planner.compile_ahead()
+    come(engine, planner, "c")
+    engine.step(decode)
+    step = planner.next_step(engine.view())
+    assert step is not None
+    assert sorted(chunk.request for chunk in step.prefill) == ["b", "c"]
+    engine.step(step)
+    assert finish(engine, planner) == {"a": 9, "b": 4, "c": 4}
+
+
+def test_what_the_engine_dropped_is_planned_again() -> None:
+    _, planner = running("a", "b", new=9)
+    planner.lost("a", 1)
+    planner.lost("ghost", 1)
+    step = planner.advance({"a": 1, "b": 1}.__getitem__)
+    assert step is not None
+    assert [(chunk.request, chunk.stop) for chunk in step.prefill] == [("a", 6)]
+    assert step.decode == ("b",)
+
+
 def test_an_early_end_makes_room() -> None:
     engine, planner = online(
         [(0, request("a", [1] * 9, 60)), (0, request("b", [2] * 9, 40))], {"a": 3, "b": 5}

@@ -83,7 +83,9 @@ def read_requests(
     for finding in loaded.warnings:
         shared.note(str(finding))
     if loaded.skipped:
-        shared.note(f"skipped {len(loaded.skipped)} bad records; the first: {loaded.skipped[0]}")
+        count = len(loaded.skipped)
+        records = "1 bad record" if count == 1 else f"{count} bad records; the first"
+        shared.note(f"skipped {records}: {loaded.skipped[0]}")
     return loaded
 
 

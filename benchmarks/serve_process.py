@@ -77,7 +77,7 @@ def vllm(python: str, folder: Path) -> list[str]:
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder), "--served-model-name", "smollm2-135m"),
         *("--dtype", "float32", "--max-model-len", "8192", "--max-num-seqs", "64"),
-        "--enable-prefix-caching",
+        *("--enable-prefix-caching", "--enable-prompt-tokens-details"),
     ]
 
 

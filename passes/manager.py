@@ -1,8 +1,4 @@
-"""`PassManager`: runs a pipeline, and verifies the graph before and after every pass.
-
-A pipeline that runs again and again (the online planner's) may verify its last graph only; if something
-is wrong with it, it runs again with all checks, to name the pass.
-"""
+"""`PassManager`: runs a pipeline, verifies the graph before and after every pass, always."""
 
 import time
 from collections.abc import Sequence
@@ -33,8 +29,6 @@ class PassManager:
     instruments: Sequence[Instrument] = ()
     max_rewrites: int | None = None
     """Rewrites all passes together may make; None is no limit. See `PassContext.may_rewrite`."""
-    between: bool = True
-    """Verify the first graph and those between passes even when nothing is wrong with the last."""
 
     @no_collections()
     def run(self, graph: IRGraph) -> IRGraph:
@@ -45,28 +39,13 @@ class PassManager:
                 the first pass runs), or the target cannot do what the graph asks for.
             PassError: a pass crashed or made an invalid graph.
         """
-        stage = check_stages(self.pipeline.passes, graph.stage)
-        if not self.between and not self.instruments:
-            result = self._run_trusted(graph)
-            if result is not None and result.stage == stage:
-                return result
+        check_stages(self.pipeline.passes, graph.stage)
         verify(graph)
         budget = self.max_rewrites
         for index, item in enumerate(self.pipeline, 1):
             graph, rewrites = self._run_one(PassRun(index, item, graph), PassContext(budget))
             budget = None if budget is None else budget - rewrites
         return graph
-
-    def _run_trusted(self, graph: IRGraph) -> IRGraph | None:
-        """The graph after all passes, verified; None when something is wrong with any of them."""
-        try:
-            result = graph
-            for item in self.pipeline:
-                result = item.run(result, PassContext(self.max_rewrites))
-            verify(result)
-        except Exception:  # noqa: BLE001
-            return None  # It is found again, and named, by the run that checks.
-        return result
 
     def _run_one(self, run: PassRun, ctx: PassContext) -> tuple[IRGraph, int]:
         """The graph after one pass, and its rewrites."""

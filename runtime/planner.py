@@ -99,7 +99,7 @@ class OnlinePlanner:
         """Compilations so far."""
         self.plan: ExecutionPlan | None = None
         """The newest fragment, in block numbers of its own, its steps numbered from 0."""
-        self._passes = PassManager(Pipeline.parse(pipeline), between=False)
+        self._passes = PassManager(Pipeline.parse(pipeline))
         self._reserve, self._window = reserve, window
         self._requests = Requests(target)
         self._ledger = Ledger(target, spill)

@@ -51,7 +51,6 @@ def test_an_empty_pipeline_verifies(graph: IRGraph) -> None:
         PassManager(Pipeline()).run(graph.replace(nodes=graph.nodes[1:]))
 
 
-@pytest.mark.parametrize("between", [True, False])
 @pytest.mark.parametrize(
     ("broken", "cause"),
     [
@@ -60,22 +59,12 @@ def test_an_empty_pipeline_verifies(graph: IRGraph) -> None:
         (LieAboutStage(), "says its result is placed, but it is built"),
     ],
 )
-def test_a_bug_of_a_pass_is_told_from_bad_input(
-    graph: IRGraph, broken: Pass, cause: str, between: bool
-) -> None:
+def test_a_bug_of_a_pass_is_told_from_bad_input(graph: IRGraph, broken: Pass, cause: str) -> None:
     with pytest.raises(PassError) as caught:
-        PassManager(pipeline(Nothing(), broken), between=between).run(graph)
+        PassManager(pipeline(Nothing(), broken)).run(graph)
     found = caught.value.diagnostics[0]
     assert f"pass {broken.name!r} (number 2 of the pipeline) failed" in found.message
     assert cause in found.notes[0]
-
-
-def test_without_checks_between_passes_the_result_is_the_same(graph: IRGraph) -> None:
-    passes = Pipeline.parse("O2")
-    result = PassManager(passes, between=False).run(graph)
-    assert print_graph(result) == print_graph(PassManager(passes).run(graph))
-    with pytest.raises(VerifyError):
-        PassManager(passes, between=False).run(graph.replace(nodes=graph.nodes[1:]))
 
 
 def test_a_target_that_cannot_is_no_bug(graph: IRGraph) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-from attrs import define, evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, PlanRequest, PlanStep
@@ -48,6 +48,8 @@ class Ticket:
     home: asyncio.AbstractEventLoop
     """The event loop of `news`."""
     timing: Timing
+    made: list[int] = field(factory=list)
+    """The tokens of its answer so far."""
     abandoned: bool = False
     """Set from outside: nobody waits for it any more."""
 
@@ -259,7 +261,11 @@ class EngineLoop:
                 continue  # aborted
             ticket.timing.token(now)
             homes[ticket.home].append((ticket, event))
+            assert event.token is not None
+            ticket.made.append(event.token)
             if event.finish:
+                # Told here, with its answer: a next turn of a conversation finds the answer's KV.
+                self._planner.end(event.request, [*(ticket.request.tokens or ()), *ticket.made])
                 homes[ticket.home].append((ticket, self._forget(ticket, "finished")))
         for home, news in homes.items():
             _send(home, news)

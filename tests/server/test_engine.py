@@ -56,6 +56,22 @@ async def whole_pool_fits(engine: SageLLMEngine, blocks: int = BLOCKS) -> None:
     assert response.prompt_tokens == size - 8
 
 
+def test_a_next_turn_finds_the_kv_of_the_answer_before_it(make: Make) -> None:
+    rng = random.Random(6)
+
+    async def main() -> None:
+        engine, history = make(), numbers(rng, 18)
+        for turn in range(4):
+            response = await engine.execute(ask(f"turn{turn}", history, 13))
+            assert list(response.tokens) == oracle(tiny_model(), history, 13)
+            # All but the newest token of the turn before has KV; full blocks of it are kept.
+            known = len(history) - 5 - 1 if turn else 0
+            assert response.cached_tokens == known // BLOCK * BLOCK
+            history += [*response.tokens, *numbers(rng, 5)]
+
+    asyncio.run(main())
+
+
 def test_concurrent_answers_are_those_of_plain_decoding_and_share(make: Make) -> None:
     rng = random.Random(5)
     document = numbers(rng, 24)

@@ -443,7 +443,9 @@ class OnlinePlanner:
         batch = self._batch
         if not self.target.mixed or not len(batch):
             self._rested += step.cost if len(batch) else 0.0
-            return step
+            return evolve(
+                step, decode=()
+            )  # What the fragment would decode may have left the batch.
         size = self.target.block_size
         tables = [
             (chunk.request, tuple(self._rows[chunk.request].table[: chunk.start // size]))

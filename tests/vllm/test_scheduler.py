@@ -206,6 +206,22 @@ def test_a_prefix_that_gave_way_comes_back_from_the_host() -> None:
     assert scheduler.stats.moved_blocks > 0
 
 
+def test_prompts_that_end_with_their_block_in_a_full_pool() -> None:
+    """An answer that cannot take its next block waits; it is not decoded in the steps of others."""
+    rng = random.Random(0)
+    documents = [tuple(rng.randrange(VOCABULARY) for _ in range(80)) for _ in range(6)]
+    prompts = [(*document, at, at, at, at) for at in range(4) for document in documents]
+    rng.shuffle(prompts)
+    scheduler = unit.make(unit.target(96, host=256, tokens=64, batch=8))
+    worker, answers = SymbolicWorker(unit.BLOCK), dict[str, list[int]]()
+    for at, prompt in enumerate(prompts):
+        scheduler.add_request(unit.request(f"r{at}", prompt, 3))
+    while scheduler.has_requests():
+        tick(scheduler, worker, answers)
+    assert answers == {f"r{at}": answer(prompt, 3) for at, prompt in enumerate(prompts)}
+    assert scheduler.stats.prefill_tokens < sum(map(len, prompts))
+
+
 def test_a_request_that_never_fits_is_ended() -> None:
     scheduler, worker = unit.make(unit.target(4)), SymbolicWorker(unit.BLOCK)
     scheduler.add_request(unit.request("huge", tuple(range(20)), 9))

@@ -126,8 +126,14 @@ class EngineLoop:
 
     @property
     def plan(self) -> ExecutionPlan | None:
-        """What the current epoch does."""
+        """What was compiled last."""
         return self._planner.plan
+
+    @property
+    def decoding(self) -> tuple[PlanRequest, ...]:
+        """Requests whose answers are under way."""
+        with self._lock:
+            return tuple(ticket.request for ticket in self._tickets.values() if ticket.made)
 
     def submit(self, request: PlanRequest) -> Ticket:
         """Hand a request in, from a coroutine; its news arrive on the running event loop.

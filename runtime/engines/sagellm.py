@@ -77,8 +77,13 @@ class SageLLMEngine:
 
     @property
     def plan(self) -> ExecutionPlan | None:
-        """What is planned at the moment: the current epoch."""
+        """What was compiled last: the prompts that came last, and what follows them."""
         return self._loop.plan
+
+    @property
+    def decoding(self) -> tuple[PlanRequest, ...]:
+        """Requests whose answers are under way."""
+        return self._loop.decoding
 
     @property
     def draining(self) -> bool:

@@ -140,6 +140,8 @@ def _add_state(app: FastAPI, engine: SageLLMEngine, monitor: Monitor) -> None:
 
     @app.get("/plan", response_model=None)
     async def plan(http: HttpRequest) -> HttpResponse:
-        """The current epoch's plan; null before the first request."""
+        """What was compiled last, and what decodes; null before the first request."""
         current = engine.plan
-        return JSONResponse(plan_view(current, http.state.tenant) if current else None)
+        if current is None:
+            return JSONResponse(None)
+        return JSONResponse(plan_view(current, engine.decoding, http.state.tenant))

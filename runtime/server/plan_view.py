@@ -1,6 +1,7 @@
 """`plan_view`: the live plan as JSON that a client may see."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from attrs import evolve
@@ -13,14 +14,21 @@ from sagellm_ir.runtime.server.access import owner
 __all__ = ["plan_view"]
 
 
-def plan_view(plan: ExecutionPlan, tenant: str | None) -> dict[str, Any]:
+def plan_view(
+    plan: ExecutionPlan, decoding: Sequence[PlanRequest], tenant: str | None
+) -> dict[str, Any]:
     """A plan without prompts, and with numbers instead of the ids of other tenants' requests.
 
-    `tenant` is the asking one; None, when there are no tenants, sees all ids.
+    Args:
+        plan: what was compiled last.
+        decoding: requests whose answers are under way, whatever plan they came from; the view
+            has their ids as `decoding`.
+        tenant: the asking one; None, when there are no tenants, sees all ids.
     """
+    both = {request.id: request for request in (*plan.requests, *decoding)}
     names = {
         request.id: request.id if tenant in (None, owner(request.tenant)) else f"other{number}"
-        for number, request in enumerate(plan.requests)
+        for number, request in enumerate(both.values())
     }
     steps = tuple(
         evolve(
@@ -42,7 +50,7 @@ def plan_view(plan: ExecutionPlan, tenant: str | None) -> dict[str, Any]:
         live=tuple(evolve(live, request=names[live.request]) for live in plan.live),
     )
     view: dict[str, Any] = json.loads(plan_to_json(shown))
-    return view
+    return view | {"decoding": [names[request.id] for request in decoding]}
 
 
 def _shown(request: PlanRequest, name: str) -> PlanRequest:

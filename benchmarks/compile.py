@@ -12,6 +12,7 @@ the machine disturb less: growth is told, and plotted, by it.
 import argparse
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from machine import describe
@@ -107,6 +108,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the growth as a picture")
     parser.add_argument("--json", type=Path, help="write all figures")
     arguments = parser.parse_args()
+    if arguments.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     overrides = {"mixed": True} if arguments.mixed else {}
     target = load_target(arguments.target, block_size=512, **overrides)
     report: dict[str, object] = {
@@ -134,10 +137,10 @@ def main() -> None:
         show("random conversations", requests, result)
         workloads[f"random {size}"] = result
         totals.append(result["seconds"]["cpu"])
-    if arguments.plot and sizes:
-        plot(sizes, totals, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(report | {"workloads": workloads}, indent=2))
+    if arguments.plot and sizes:
+        plot(sizes, totals, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`LMDeployBackend`: plans compiled by us, run by LMDeploy's genuine engine on a CPU."""
 
+import asyncio
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,12 @@ from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.request import Request, Sampling, TokenPrompt
 from sagellm_ir.runtime.backend import InferenceBackend
+from sagellm_ir.runtime.engines import LoadedBackend
+from sagellm_ir.runtime.engines.answers import StreamDelta
+from sagellm_ir.runtime.engines.embedded import load_tokenizer
+from sagellm_ir.runtime.engines.lmdeploy import scheduler as driving
 from sagellm_ir.runtime.engines.lmdeploy.engine import LMDeployBackend
+from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
 from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 from sagellm_ir.runtime.planner import OnlinePlanner, PlanCursor
 from sagellm_ir.runtime.running import run_plan
@@ -176,3 +182,34 @@ def test_a_plan_runs_as_on_the_other_engines(seed: int) -> None:
         assert (backend._driver.unplanned, backend._driver.rejected) == (0, [])
         assert len(traces[0].forwards) == len(traces[1].forwards)
         assert differences(*traces) == []
+
+
+def test_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come at different times are planned and answered, in tokens and text; and nothing
+    waits for the pause in which LMDeploy would ask again."""
+    monkeypatch.setattr(driving, "_IDLE", 1e6)
+    tokenizer = load_tokenizer("smollm2-135m")
+    assert tokenizer is not None
+
+    async def work(served: SageLLMEngine) -> None:
+        async def answer(number: int) -> tuple[list[int], str]:
+            await asyncio.sleep(0.01 * number)
+            prompt = TokenPrompt((*SHARED, *[number] * 20))
+            asked = Request(f"r{number}", max_new_tokens=12, prompt=prompt)
+            pieces = [piece async for piece in served.stream(asked)]
+            made = [piece for piece in pieces if isinstance(piece, StreamDelta)]
+            return [piece.token for piece in made], "".join(piece.text for piece in made)
+
+        answers = await asyncio.wait_for(asyncio.gather(*map(answer, range(6))), 60)
+        for number, (tokens, text) in enumerate(answers):
+            assert tokens == right(request(f"r{number}", number))
+            assert text == tokenizer.decode(tokens)
+
+    with LMDeployBackend(engine, stop_at_eos=False, tokenizer=tokenizer) as backend:
+        loaded = LoadedBackend(backend, backend.target, tokenizer, "fake")
+        served = SageLLMEngine(loaded, engine_id="e", pipeline="O2", max_waiting=8)
+        served.start()
+        try:
+            asyncio.run(work(served))
+        finally:
+            served.stop()

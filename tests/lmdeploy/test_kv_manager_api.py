@@ -124,19 +124,45 @@ def test_stock_swaps_in_before_out_without_waiting(
     assert recordings.swap_order() == ["sync", "out", "in", "wait"]
 
 
-def test_a_full_exchange_through_the_cache_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block 1 leaves, and the block that was on the host takes its place, in one step."""
+def cache_engine(monkeypatch: pytest.MonkeyPatch, device: int = 6, host: int = 4) -> Any:
+    """A `CacheEngine` whose caches are allocated by its own code, on a CPU: 2 layers, block i holds i (host: 10 + i)."""
     cache = CacheEngine.__new__(CacheEngine)
-    device = torch.arange(4.0).reshape(1, 4, 1).repeat(2, 1, 3)
-    host = 10 + torch.arange(2.0).reshape(1, 2, 1).repeat(2, 1, 3)
-    cache.full_gpu_cache, cache.full_cpu_cache = (device,), (host,)
+    cache.num_layers, cache.kv_cache_dtype = 2, torch.float32
+    cache.cache_config = types.SimpleNamespace(
+        num_gpu_blocks=device, num_cpu_blocks=host, quant_policy=0
+    )
+    shape = (3, 1, 2)
+    monkeypatch.setattr(cache, "get_key_block_shape", lambda local: shape)
+    monkeypatch.setattr(cache, "get_value_block_shape", lambda local: shape)
+    cache.full_gpu_cache = cache._allocate_cache(device, "cpu")
+    cache.allocate_cpu_cache()
+    for first, caches in ((0, cache.full_gpu_cache), (10, cache.full_cpu_cache)):
+        for part in caches:
+            part.copy_(torch.arange(first, first + part.shape[1]).reshape(1, -1, 1, 1, 1))
     cache.cache_stream = types.SimpleNamespace(wait_stream=lambda _: None)
     cache.events = types.SimpleNamespace(record=lambda stream: None, wait=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.inference_mode())
-    cache_swapping(cache, {0: 1}, {1: 1})
-    assert device[0, :, 0].tolist() == [0, 10, 2, 3]
-    assert host[0, :, 0].tolist() == [10, 1]
+    return cache
+
+
+def test_a_full_exchange_through_the_cache_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks leave, and what was on the host takes the place of some, in one step; in all layers and parts."""
+    cache = cache_engine(monkeypatch)
+    cache_swapping(cache, {0: 1, 2: 5, 3: 4}, {1: 1, 4: 0, 0: 2})
+    for device, host in zip(cache.full_gpu_cache, cache.full_cpu_cache, strict=True):
+        assert device.shape == (2, 6, 3, 1, 2)
+        for content in device.flatten(2).permute(0, 2, 1).reshape(-1, 6).tolist():
+            assert content == [0, 4, 2, 3, 13, 0]
+        for content in host.flatten(2).permute(0, 2, 1).reshape(-1, 4).tolist():
+            assert content == [4, 1, 0, 13]
+
+
+def test_a_block_of_the_host_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one copy moves it; and LMDeploy's list of layers is of the same memory."""
+    cache = cache_engine(monkeypatch)
+    assert all(part[:, 1].is_contiguous() for part in cache.full_cpu_cache)
+    assert cache.cpu_cache[1][0].data_ptr() == cache.full_cpu_cache[0][1].data_ptr()
 
 
 def test_the_callback_sees_every_eviction_before_it_happens() -> None:

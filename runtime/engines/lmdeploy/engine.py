@@ -20,6 +20,7 @@ from sagellm_ir.runtime.backend import (
     PlanSource,
     TokenEvent,
 )
+from sagellm_ir.runtime.engines.embedded.tokenizer import Detokenizer, ModelTokenizer
 from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import Names
@@ -45,6 +46,16 @@ class _Client:
     """Its answer was read to the end."""
     told: bool = False
     """The end was handed out."""
+    arrived: bool = False
+    """It was seen in LMDeploy's scheduler."""
+    words: Detokenizer | None = None
+
+    def text(self, token: int | None, last: bool) -> str:
+        """What became certain with a token, and with the end."""
+        if self.words is None:
+            return ""
+        text = "" if token is None else self.words.push(token)[0]
+        return text + self.words.flush() if last else text
 
 
 class _Nothing:
@@ -78,21 +89,29 @@ class _OneStep:
 class LMDeployBackend:
     """One LMDeploy engine, patched. It runs nothing but inside `stream` and `step`.
 
-    Token ids in, token ids out: text is the caller's. Use `close` or a `with` block to end it.
+    Token ids in, tokens and their text out. Use `close` or a `with` block to end it.
 
     Args:
         make: makes LMDeploy's `Engine`; called in the thread that runs it.
         stop_at_eos: end an answer at the model's end token; else at the planned length.
+        tokenizer: the model's; None: tokens come without text.
 
     Raises:
         ValueError: the engine is one that plans cannot drive (see `PlanDriver`).
     """
 
-    def __init__(self, make: Callable[[], Any], *, stop_at_eos: bool = True) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        *,
+        stop_at_eos: bool = True,
+        tokenizer: ModelTokenizer | None = None,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stop_at_eos = stop_at_eos
+        self._tokenizer = tokenizer
         self._names = Names()
         self._sessions = itertools.count()
         self._clients: dict[str, _Client] = {}
@@ -102,12 +121,23 @@ class LMDeployBackend:
         self._driver = self._call(self._attach())
 
     @classmethod
-    def load(cls, path: str, *, stop_at_eos: bool = True, **config: Any) -> "LMDeployBackend":
+    def load(
+        cls,
+        path: str,
+        *,
+        stop_at_eos: bool = True,
+        tokenizer: ModelTokenizer | None = None,
+        **config: Any,
+    ) -> "LMDeployBackend":
         """Load a model folder; `config` is that of LMDeploy's `PytorchEngineConfig`."""
         from lmdeploy.pytorch.engine import Engine
 
         settings = PytorchEngineConfig(**{"enable_prefix_caching": True, **config})
-        return cls(lambda: Engine.from_pretrained(path, settings), stop_at_eos=stop_at_eos)
+        return cls(
+            lambda: Engine.from_pretrained(path, settings),
+            stop_at_eos=stop_at_eos,
+            tokenizer=tokenizer,
+        )
 
     @property
     def capability(self) -> CapabilityDescriptor:
@@ -144,19 +174,19 @@ class LMDeployBackend:
         """Send a request to the engine, where it waits for steps.
 
         Raises:
-            SageIRError: it has no tokens, stop strings (LMDeploy needs a tokenizer for them), or
-                the id of a request that was not released.
+            SageIRError: it has no tokens, stop strings, or the id of a request that was not released.
         """
         problem = ""
         if request.tokens is None:
             problem = "its token ids are missing"
         elif sampling.stop:
-            problem = "stop strings are not supported: this engine sees no text"
+            problem = "stop strings are not supported"
         elif request.id in self._clients:
             problem = "a request of this id was not released"
         if problem:
             raise SageIRError(Diagnostic(f"request {request.id!r} cannot run: {problem}"))
-        client = _Client(request, sampling, next(self._sessions))
+        words = Detokenizer(self._tokenizer) if self._tokenizer else None
+        client = _Client(request, sampling, next(self._sessions), words=words)
         self._names.add(request.id, client.session)
         self._clients[request.id] = client
         asyncio.run_coroutine_threadsafe(self._read(client), self._loop)
@@ -187,8 +217,8 @@ class LMDeployBackend:
         self._call(self._drive(one, hold=True))
         while not one.ran.wait(0.01) and not self._have_ended():
             self._check_alive()  # with nothing left to do it asks no more
-        events = []
-        while self._behind():
+        made, events = self._call(self._made()), []
+        while not self._events.empty() or sum(c.read for c in self._clients.values()) < made:
             events.append(self._take())
         problem = "" if one.given else "no request is waiting or running"
         if len(self._driver.rejected) > rejected:
@@ -247,7 +277,18 @@ class LMDeployBackend:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _view(self) -> EngineView:
+        # Between steps LMDeploy takes in at once what was submitted.
+        for client in self._clients.values():
+            await self._arrival(client)
         return self._driver.view()
+
+    async def _arrival(self, client: _Client) -> None:
+        """Wait until a request is in LMDeploy's scheduler, unless it was refused."""
+        while not client.arrived and not client.ended:
+            found = self._names.sequence(self.engine.scheduler, client.request.id)
+            client.arrived = found is not None
+            if not client.arrived:
+                await asyncio.sleep(0.001)
 
     async def _attach(self) -> PlanDriver:
         return PlanDriver(self.engine, _Nothing(), self._names, hold=True)
@@ -256,16 +297,13 @@ class LMDeployBackend:
         self._driver.move(step)
 
     async def _cancel(self, client: _Client) -> None:
-        # LMDeploy forgets a stop that overtakes the request.
-        while not client.ended and not self._names.sequence(
-            self.engine.scheduler, client.request.id
-        ):
-            await asyncio.sleep(0.001)
+        await self._arrival(client)  # LMDeploy forgets a stop that overtakes the request
         await self.engine.create_instance().async_cancel(client.session)
 
     async def _drive(self, source: PlanSource, hold: bool) -> None:
         self._driver.source, self._driver.hold = source, hold
         self._driver.overlap = isinstance(source, PlanCursor)
+        self._driver.changed.set()
 
     def _take(self) -> TokenEvent:
         while True:
@@ -286,15 +324,10 @@ class LMDeployBackend:
     def _have_ended(self) -> bool:
         return all(client.ended for client in self._clients.values())
 
-    def _behind(self) -> bool:
-        """Whether tokens that were made have not been handed out."""
-
-        async def made() -> int:
-            seqs = [self._names.sequence(self.engine.scheduler, name) for name in self._clients]
-            return sum(seq.num_new_tokens for seq in seqs if seq is not None)
-
-        read = sum(client.read for client in self._clients.values())
-        return not self._events.empty() or self._call(made()) > read
+    async def _made(self) -> int:
+        """Tokens of all answers, read or not."""
+        seqs = [self._names.sequence(self.engine.scheduler, name) for name in self._clients]
+        return sum(seq.num_new_tokens for seq in seqs if seq is not None)
 
     async def _read(self, client: _Client) -> None:
         """Turn the answer of one request into events."""
@@ -310,14 +343,16 @@ class LMDeployBackend:
                 last = ended and at == len(out.token_ids) - 1
                 whole = client.read + 1 == client.request.max_new_tokens
                 finish: Finish | None = ("length" if whole else "stop") if last else None
-                self._events.put(TokenEvent(name, int(token), index=client.read, finish=finish))
+                text = client.text(int(token), last)
+                self._events.put(TokenEvent(name, int(token), text, client.read, finish))
                 client.read += 1
                 self._generated += 1
             if ended:
                 client.ended = True
                 if not out.token_ids:
                     finish = "stop" if out.status == ResponseType.FINISH else "abort"
-                    self._events.put(TokenEvent(name, None, index=client.read, finish=finish))
+                    text = client.text(None, last=True)
+                    self._events.put(TokenEvent(name, None, text, client.read, finish))
 
     def _generation(self, client: _Client) -> GenerationConfig:
         sampling = client.sampling

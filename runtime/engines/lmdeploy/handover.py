@@ -54,9 +54,7 @@ def send_prefix(
         dist.recv(first, peer, group)
         wanted = blocks[min(int(first), here) :]
         if len(wanted):
-            index = torch.from_numpy(allocator.get_physical_blocks(wanted))
-            for part in cache.full_gpu_cache:
-                dist.send(part[:, index.to(part.device)].contiguous(), peer, group)
+            cache.migrate_blocks(allocator.get_physical_blocks(wanted), peer, group=group)
         return len(wanted)
     finally:
         allocator.free(blocks)
@@ -90,12 +88,8 @@ def receive_prefix(
         if not count:
             return 0
         blocks = allocator.allocate(count, "gpu").copy()
-        index = torch.from_numpy(allocator.get_physical_blocks(blocks))
-        for part in cache.full_gpu_cache:
-            shape = (part.shape[0], count, *part.shape[2:])
-            came = torch.empty(shape, dtype=part.dtype, device=part.device)
-            dist.recv(came, peer, group)
-            part.index_copy_(1, index.to(part.device), came)
+        physical = allocator.get_physical_blocks(blocks)
+        cache.migrate_blocks(physical, peer, receive=True, group=group)
     finally:
         allocator.free(held)
     parent = nodes[-1] if nodes else kv.trie.get_root(adapter)

@@ -11,6 +11,7 @@ from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import load_tokenizer
 from sagellm_ir.runtime.engines.embedded.export import model_folder
+from sagellm_ir.runtime.engines.embedded.tokenizer import ModelTokenizer
 from sagellm_ir.runtime.engines.lmdeploy.patching import status
 from sagellm_ir.runtime.protocols import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import lmdeploy_quant_policy
@@ -48,6 +49,7 @@ def load_lmdeploy(
     chosen = load_target(target, **(overrides or {}))
     host = evolve(chosen.tier(HOST) or Tier(HOST, 0), blocks=host_blocks)
     tiers = (*(tier for tier in chosen.tiers if tier.name != HOST), host)
+    tokenizer = load_tokenizer(model)
     with model_folder(model, dtype) as folder:
         backend = load_engine(
             folder,
@@ -55,13 +57,14 @@ def load_lmdeploy(
             dtype,
             stop_at_eos=stop_at_eos,
             kv_schema=kv_schema,
+            tokenizer=tokenizer,
         )
     from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 
     name = Path(model).name
     fitted = target_of(backend.engine, chosen)
     fitted = evolve(fitted, model=evolve(fitted.model, name=name))
-    return LoadedBackend(backend, fitted, load_tokenizer(model), name)
+    return LoadedBackend(backend, fitted, tokenizer, name)
 
 
 def load_engine(
@@ -71,6 +74,7 @@ def load_engine(
     *,
     stop_at_eos: bool = True,
     kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    tokenizer: ModelTokenizer | None = None,
 ) -> Any:
     """`LMDeployBackend` with the host tier of a target; of its device tier, LMDeploy chooses the size.
 
@@ -86,7 +90,9 @@ def load_engine(
     prepare(load_config())
     host = target.tier(HOST)
     settings["num_cpu_blocks"] = host.blocks if host else 0
-    return LMDeployBackend.load(str(folder), stop_at_eos=stop_at_eos, **settings)
+    return LMDeployBackend.load(
+        str(folder), stop_at_eos=stop_at_eos, tokenizer=tokenizer, **settings
+    )
 
 
 def engine_settings(

@@ -4,10 +4,12 @@ A step that cannot be right (unknown requests, spans that were not computed, too
 logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lose a request.
 """
 
+import asyncio
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from attrs import evolve
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _MOVES_ONLY = 8
 """Steps without rows that a source may give in a row before LMDeploy schedules one itself."""
+_IDLE = 0.1
+"""Seconds until a source that had nothing is asked again: as LMDeploy does."""
 
 
 class PlanDriver:
@@ -65,6 +69,8 @@ class PlanDriver:
         """What was scheduled, by plan and by LMDeploy, since the driver was made."""
         self.kv = KVManager(self.scheduler)
         self.admission = Admission(self.kv)
+        self.changed = asyncio.Event()
+        """To be set when a source that had nothing has something."""
         self.trace: Trace | None = None
         """Where to note what is run; see `recording`."""
         self.rejected: list[str] = []
@@ -170,6 +176,12 @@ class PlanDriver:
         if self.trace is not None and output.running:
             record(self.trace, self.names, self.kv.blocks, output, is_prefill)
         return output
+
+    async def idle(self) -> None:
+        """Wait after a step that ran nothing, while nothing is in flight."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), _IDLE)
+        self.changed.clear()
 
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
         if not output.running:

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from sagellm_ir.cli import shared, watching
-from sagellm_ir.cli.compiling import Compilation, choose_pipeline, start
+from sagellm_ir.cli.compiling import choose_pipeline, start
 from sagellm_ir.cli.passes_table import print_passes, print_what_passes_did
 from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.plan import ExecutionPlan
 from sagellm_ir.passes.bisect import bisect as find_rewrite
 from sagellm_ir.passes.instruments import graph_diff, op_delta, read_reproducer
 from sagellm_ir.passes.manager import PassManager
-from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.picture import to_dot, to_mermaid
 from sagellm_ir.serial import graph_to_json
 from sagellm_ir.text import parse_graph, print_graph
@@ -56,6 +56,8 @@ def dump(
     skip_bad: shared.SkipBad = False,
     limit: shared.Limit = None,
     max_new: shared.MaxNew = 128,
+    dump_dir: watching.DumpDir = None,
+    repro: watching.ReproFile = watching.REPRO,
     output: shared.Out = None,
 ) -> None:
     """Turn requests into a graph and print it, at any stage on its way to a plan."""
@@ -63,14 +65,16 @@ def dump(
     shared.one_of("--format", form, FORMATS)
     compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     passes = choose_pipeline(level, pipeline)
+    watch = watching.Watch.of(False, False, False, dump_dir, repro).instruments
     if stage == "plan":
-        shared.emit(_print_plan(compilation, passes, form), output)
+        plan = compilation.plan(compilation.run_passes(passes, *watch))
+        shared.emit(_print_plan(plan, form), output)
         return
     graph = compilation.graph
     if stage == "optimised":
-        graph = compilation.run_passes(passes, until="schedule")
+        graph = compilation.run_passes(passes, *watch, until="schedule")
     elif stage == "scheduled":
-        graph = compilation.run_passes(passes)
+        graph = compilation.run_passes(passes, *watch)
     shared.emit(_print(graph, form, provenance), output)
 
 
@@ -84,12 +88,11 @@ def _print(graph: IRGraph, form: str, provenance: bool) -> str:
     return print_graph(graph, provenance=provenance)
 
 
-def _print_plan(compilation: Compilation, passes: Pipeline, form: str) -> str:
+def _print_plan(plan: ExecutionPlan, form: str) -> str:
     from sagellm_ir.lowering.picture import plan_dot
     from sagellm_ir.lowering.render import plan_mermaid, plan_text
     from sagellm_ir.lowering.serial import plan_to_json
 
-    plan = compilation.plan(compilation.run_passes(passes))
     if form == "json":
         return plan_to_json(plan)
     if form == "mermaid":
@@ -138,7 +141,7 @@ def opt(
     stats: watching.ShowStatistics = False,
     print_diff: watching.PrintDiff = False,
     dump_dir: watching.DumpDir = None,
-    repro: watching.ReproFile = Path("repro.ir"),
+    repro: watching.ReproFile = watching.REPRO,
     provenance: Provenance = False,
     as_json: shared.AsJson = False,
     output: shared.Out = None,

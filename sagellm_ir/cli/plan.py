@@ -1,6 +1,5 @@
 """`plan`: compile requests, or a graph, to a plan; show it as a table and a timeline."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,7 +43,7 @@ def plan(
 
     if (request is None) == (graph is None):
         raise typer.BadParameter("give either --request or --ir")
-    watch = watching.Watch.of(timing, stats, False, None, Path("repro.ir"))
+    watch = watching.Watch.of(timing, stats, False, None, watching.REPRO)
     passes = choose_pipeline(level, pipeline)
     if graph is not None:
         compilation = Compilation((), parse_graph(shared.read_text(graph), graph), {})

@@ -18,7 +18,9 @@ from sagellm_ir.cli.compiling import (
 )
 from sagellm_ir.cli.run_engines import ENGINES, EngineChoice, MakeEngine, opened
 from sagellm_ir.cli.simulate import simulate
+from sagellm_ir.cli.watching import REPRO
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.passes.instruments import Reproducer
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
 
@@ -96,7 +98,7 @@ def run(
         fitted = choose_target(target, overrides, shape)
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
-        made = compilation.plan(compilation.run_passes(passes))
+        made = compilation.plan(compilation.run_passes(passes, Reproducer(REPRO)))
         job = _Job(made, make, trace)
     if engine == "simulator":
         simulate(job.plan, as_json, output, trace)

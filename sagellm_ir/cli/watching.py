@@ -16,7 +16,7 @@ from sagellm_ir.passes.instruments import (
     Timing,
 )
 
-__all__ = ["DumpDir", "PrintDiff", "ReproFile", "ShowStatistics", "ShowTiming", "Watch"]
+__all__ = ["REPRO", "DumpDir", "PrintDiff", "ReproFile", "ShowStatistics", "ShowTiming", "Watch"]
 
 ShowTiming = Annotated[bool, typer.Option("--timing", help="How long each pass took.")]
 ShowStatistics = Annotated[bool, typer.Option("--stats", help="What each pass did, how often.")]
@@ -30,6 +30,9 @@ DumpDir = Annotated[
 ReproFile = Annotated[
     Path, typer.Option("--repro", metavar="FILE", help="Where to write how to repeat a failure.")
 ]
+
+REPRO = Path("repro.ir")
+"""Where a reproducer goes when nothing else is said."""
 
 
 @frozen

@@ -65,3 +65,16 @@ def test_the_printed_command_fails_again(site: Path, tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "RuntimeError: one rewrite too many" in again.stderr
     assert run(*shlex.split(printed[1]), "--bisect").stdout == "fails from rewrite 2 on\n"
+
+
+@pytest.mark.parametrize("command", [("ir", "dump"), ("plan",), ("run", "--engine", "simulator")])
+def test_commands_that_take_requests_leave_a_reproducer_too(
+    site: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "400"}
+    requests = str(ROOT / "examples" / "tokens.jsonl")
+    words = [str(COMMAND), *command, "-r", requests, "-p", "canonicalize,fragile"]
+    failed = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "to see it fail again: sagellm-ir ir repro repro.ir" in failed.stderr
+    assert "fragile" in (tmp_path / "repro.ir").read_text().splitlines()[0]

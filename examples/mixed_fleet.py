@@ -82,13 +82,13 @@ def kill_mid_answer(client: UnifiedInferenceClient, engines: Sequence[dict[str, 
 
 def start_gateway() -> tuple["subprocess.Popen[str]", str]:
     command = (sys.executable, "-m", "sagellm_ir", "gateway", "start", "--port", "0")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if not line:
-        raise SystemExit("the gateway did not start: see `sagellm-ir gateway start`")
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline().strip()
+        if not line:
+            log.seek(0)
+            raise SystemExit(f"the gateway did not start:\n{log.read()}")
     console.print(line)
     return process, line.split()[-1].removesuffix("/v1")
 

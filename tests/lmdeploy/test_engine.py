@@ -156,11 +156,14 @@ def test_a_plan_compiled_ahead_runs_with_the_cursor(host: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plan_runs_as_on_the_other_engines(seed: int) -> None:
-    """Chunks, their order, shared blocks and decodes are those of the simulator, and no token is wrong."""
-    with LMDeployBackend(
-        lambda: engine(num_gpu_blocks=40, num_cpu_blocks=64, max_prefill_token_num=192),
-        stop_at_eos=False,
-    ) as backend:
+    """Chunks, their order, shared blocks and decodes are those of the simulator, and no token is wrong;
+    also when the engine has no more seats than the plan."""
+
+    def make() -> Any:
+        sizes = {"num_gpu_blocks": 40, "num_cpu_blocks": 64, "max_prefill_token_num": 192}
+        return engine(**sizes, max_batch_size=3)
+
+    with LMDeployBackend(make, stop_at_eos=False) as backend:
         whole = backend.target
         target = evolve(
             whole,

@@ -310,9 +310,13 @@ class PlanDriver:
         return result
 
     def _must_wait(self, step: PlanStep) -> bool:
-        """Whether a request of the step is in flight or has not arrived, or its moves are not safe."""
-        if self.scheduler.num_locked() and any(isinstance(item, KVMove) for item in step.kv):
-            return True
+        """Whether a request of the step is in flight or has not arrived, its moves are not safe, or
+        its prefills have no seats before rows in flight have ended."""
+        if locked := self.scheduler.num_locked():
+            rows = len(step.prefill) + self.scheduler.num_running() + locked
+            full = bool(step.prefill) and rows > self.scheduler.scheduler_config.max_batches
+            if full or any(isinstance(item, KVMove) for item in step.kv):
+                return True
         for name in self._named(step):
             seq = self._sequence(name)
             if seq is not None:

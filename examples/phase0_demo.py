@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from attrs import frozen
@@ -22,14 +23,19 @@ from mixed_fleet import console, messages, sagellm, start_gateway
 from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
 from sagellm_ir.runtime.engines import find_backend
 
-DOCUMENT, OTHER = (
-    " ".join(
+
+def pages(first: int, count: int = 12) -> str:
+    """A document."""
+    return " ".join(
         f"Page {page}. On day {page} the keeper of the lighthouse wrote down the wind, the height of the "
         f"waves and the names of {page + 2} ships, and lit the lamp at {page % 12 + 1} o'clock."
-        for page in pages
+        for page in range(first, first + count)
     )
-    for pages in (range(12), range(30, 42))
-)
+
+
+DOCUMENT = pages(0)
+OTHERS = tuple(map(pages, (30, 50, 70)))
+"""Asked about first where there is a GPU: its kernels are compiled when a batch first needs them."""
 ASKED = (
     "the wind",
     "the waves",
@@ -78,9 +84,9 @@ def measure(url: str, model: str, backend: str, pipeline: str) -> list[Timed]:
             console.print(f"{pipeline}: the gateway knows {known}")
             warm = client.chat([{"role": "user", "content": "Hi"}], name, max_tokens=4)
             assert warm["choices"]
-            if torch.cuda.is_available():  # kernels are compiled when they are first used
-                list(pool.map(lambda topic: ask(client, name, OTHER, topic), ASKED))
-            return list(pool.map(lambda topic: ask(client, name, DOCUMENT, topic), ASKED))
+            for document in (*(OTHERS if torch.cuda.is_available() else ()), DOCUMENT):
+                answers = list(pool.map(partial(ask, client, name, document), ASKED))
+            return answers
     finally:
         sagellm("llm", "engine", "stop", engine["engine_id"])
 

@@ -1,6 +1,7 @@
 """LMDeploy end to end on one GPU: stock, patched without a plan, with plans, with plans and kernels.
 
     python benchmarks/gpu/lmdeploy_e2e.py --lmdeploy DIR --wheels DIR   # a CUDA machine
+    python benchmarks/gpu/lmdeploy_e2e.py ... --gpus 2 --configs stock,patched   # side by side
     python benchmarks/gpu/lmdeploy_e2e.py --smoke                       # a CPU, without a model
 
 Each configuration is a process of its own; all get the same weights (random, Qwen2.5-7B's shape) and
@@ -46,6 +47,9 @@ def options() -> argparse.Namespace:
         help="numbers, as 0x3,1-4,8: row 0 three times; or CONFIG=ROWS;CONFIG=ROWS",
     )
     parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="so many configurations at the same time, in order"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="stop after so long")
     parser.add_argument("--row-seconds", type=float, default=150.0, help="give a row up after")
     parser.add_argument("--cache", type=float, default=0.8, help="share of the free memory for KV")
@@ -102,6 +106,41 @@ def environment_of(config: str, path: str) -> dict[str, str]:
     return environment
 
 
+def task_of(args: argparse.Namespace, config: str, done: list[str], work: Path) -> dict[str, Any]:
+    """What a worker is told. Stock judges where the answers of those that are done part from its own."""
+    judged = done if config == "stock" and not args.smoke else []
+    return {
+        "config": config,
+        "rows": rows_of(args.rows, config),
+        "model": str(args.model),
+        "cache": args.cache,
+        "smoke": args.smoke,
+        "row_seconds": args.row_seconds,
+        "results": str(work / f"{config}.jsonl"),
+        "judge": [str(work / f"{other}.jsonl") for other in judged],
+    }
+
+
+def start(task: dict[str, Any], path: str, gpu: int) -> "subprocess.Popen[bytes]":
+    """A configuration in a process of its own."""
+    command = [sys.executable, str(HERE / "lmdeploy_worker.py"), json.dumps(task)]
+    environment = environment_of(task["config"], path)
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    return subprocess.Popen(command, env=environment)
+
+
+def outcome(worker: "subprocess.Popen[bytes]", until: float) -> str:
+    """Wait for a worker, but not longer than until a time of the monotonic clock."""
+    try:
+        code = worker.wait(max(1.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+        return "ran out of time"
+    return f"ended with {code}" if code else "done"
+
+
 def main() -> None:
     args = options()
     until = time.monotonic() + args.minutes * 60
@@ -112,33 +151,14 @@ def main() -> None:
         began = time.monotonic()
         paths = prepare(args, work)
         print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
-        for config in configs:
-            task = {
-                "config": config,
-                "rows": rows_of(args.rows, config),
-                "model": str(args.model),
-                "cache": args.cache,
-                "smoke": args.smoke,
-                "row_seconds": args.row_seconds,
-                "results": str(work / f"{config}.jsonl"),
-                "judge": [
-                    str(work / f"{other}.jsonl") for other in configs[: configs.index(config)]
-                ]
-                if config == "stock" and not args.smoke
-                else [],
-            }
-            worker = subprocess.Popen(
-                [sys.executable, str(HERE / "lmdeploy_worker.py"), json.dumps(task)],
-                env=environment_of(config, paths[config]),
-            )
-            try:
-                code = worker.wait(max(1.0, until - time.monotonic()))
-                note = f"ended with {code}" if code else ""
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
-                note = "ran out of time"
-            print(f"{config}: {note or 'done'}", flush=True)
+        for first in range(0, len(configs), args.gpus):
+            done, group = configs[:first], configs[first : first + args.gpus]
+            workers = [
+                start(task_of(args, config, done, work), paths[config], gpu)
+                for gpu, config in enumerate(group)
+            ]
+            for config, worker in zip(group, workers, strict=True):
+                print(f"{config}: {outcome(worker, until)}", flush=True)
             report = collect(work, configs)
             args.out.write_text(json.dumps(report, indent=1))
     print(table(report))

@@ -107,7 +107,10 @@ def build(
     front = _FrontEnd(target, numbering, tokenizer, locations or {})
     decls = front.declare(requests)
     if front.errors:
-        raise SageIRError(*front.errors[:_MOST_ERRORS])
+        more = len(front.errors) - _MOST_ERRORS
+        count = Diagnostic(f"{more} more of {len(requests)} requests are wrong")
+        rest = [count] if more > 0 else []
+        raise SageIRError(*front.errors[:_MOST_ERRORS], *rest)
     graph = IRGraph(name, target, decls, _nodes(decls, target), tuple(cache))
     return Built(graph, front.tokens, numbering)
 

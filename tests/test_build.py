@@ -259,4 +259,6 @@ def test_all_wrong_requests_are_told_at_once_up_to_20() -> None:
     assert "'a'" in text
     assert "'b'" not in text
     assert "'c'" in text
-    assert refusal(*(request(f"r{at}", []) for at in range(50))).count("error:") == 20
+    said = refusal(*(request(f"r{at}", []) for at in range(50)))
+    assert said.count("its prompt is empty") == 20
+    assert said.endswith("error: 30 more of 50 requests are wrong")

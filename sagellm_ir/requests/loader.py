@@ -83,7 +83,12 @@ class _Loading:
             self.warnings.append(Diagnostic(f"no requests in {names}", severity="warning"))
         requests, locations = self.finish()
         if self.bad and not self.skip_bad:
-            raise SageIRError(*self.bad[:_MOST_ERRORS])
+            stopped = Diagnostic(
+                f"stopped reading after {_MOST_ERRORS} errors",
+                help="--skip-bad counts bad records and goes on",
+            )
+            rest = [stopped] if len(self.bad) >= _MOST_ERRORS else []
+            raise SageIRError(*self.bad[:_MOST_ERRORS], *rest)
         return Loaded(tuple(requests), tuple(self.bad), tuple(self.warnings), locations)
 
     @property

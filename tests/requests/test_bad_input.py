@@ -172,7 +172,11 @@ def test_all_bad_records_are_told_at_once_up_to_20() -> None:
     assert [d.loc.line for d in caught.value.diagnostics if d.loc] == [1, 2, 3]
     with pytest.raises(SageIRError) as caught:
         load_requests([io.StringIO('{"prompt": 1}\n' * 50)])
-    assert len(caught.value.diagnostics) == 20
+    *shown, last = caught.value.diagnostics
+    assert len(shown) == 20
+    assert str(last) == (
+        "error: stopped reading after 20 errors\nhelp: --skip-bad counts bad records and goes on"
+    )
 
 
 def test_an_id_used_twice_names_both_places() -> None:

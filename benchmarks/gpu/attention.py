@@ -34,9 +34,7 @@ from sagellm_ir.runtime.accel.selfcheck import Batch, largest_error, random_batc
 Rates = dict[str, float]
 
 
-def attention(
-    work: Workload, device: str, gate: Gate | None, overlap: bool = True
-) -> PrefixAttention:
+def attention(work: Workload, device: str, gate: Gate | None) -> PrefixAttention:
     return PrefixAttention(
         work.spec,
         max_batch=256,
@@ -44,7 +42,6 @@ def attention(
         device=device,
         gate=gate,
         workspace=128 << 20 if device.startswith("cuda") else 1 << 20,
-        overlap=overlap,
     )
 
 
@@ -66,10 +63,10 @@ def check(works: list[Workload], device: str) -> bool:
 
 
 def ours(
-    timer: Timer, work: Workload, batch: Batch, gate: Gate | None, overlap: bool = True
+    timer: Timer, work: Workload, batch: Batch, gate: Gate | None
 ) -> tuple[float, PrefixAttention]:
     """Seconds of a layer: `schedule` runs once a forward, so it is not part of it."""
-    kernels = attention(work, str(batch.q.device), gate, overlap)
+    kernels = attention(work, str(batch.q.device), gate)
     kernels.update(work.q_lens, work.kv_lens, work.groups)
     kernels.schedule(batch.lengths)
     out = torch.empty_like(batch.q)
@@ -86,7 +83,7 @@ def run(kernels: PrefixAttention, batch: Batch, out: torch.Tensor) -> torch.Tens
 def measure(
     timer: Timer, work: Workload, device: str, gate: Gate | None, rates: Rates
 ) -> dict[str, Any]:
-    """One row: ours with the gate, on two streams and on one; without sharing; every peer."""
+    """One row: ours with the gate; without sharing; every peer."""
     batch = random_batch(
         *(work.spec, work.q_lens, work.kv_lens, work.groups), device=device, poison=False
     )
@@ -97,7 +94,6 @@ def measure(
     row: dict[str, Any] = {"name": work.name, "ours_us": time * 1e6, "phases": work.phases}
     row |= {"variant": asdict(kernels.variant), "roofline_share": max(floors) / time}
     if kernels.variant.shared:
-        row["in_turn_us"] = ours(timer, work, batch, gate, overlap=False)[0] * 1e6
         plain = Workload(work.name, work.spec, work.q_lens, work.kv_lens, ())
         row["plain_us"] = ours(timer, plain, batch, gate)[0] * 1e6
     row["peers"] = {name: peer(timer, name, work.spec, batch, expected) for name in PEERS}
@@ -148,13 +144,13 @@ def show(row: dict[str, Any]) -> str:
     found |= {name: "failed" for name, peer in row["peers"].items() if "failed" in peer}
     one = row["ours_us"]
     plain = row.get("plain_us", one)
-    times = f"{one:9.1f} {row.get('in_turn_us', one):9.1f} {plain:9.1f} {best:9.1f}"
+    times = f"{one:9.1f} {plain:9.1f} {best:9.1f}"
     peers = " ".join(f"{name}={value}" for name, value in found.items())
     share = f"{one / best:6.2f}x {row['roofline_share']:6.0%}"
     return f"{row['name']:<46} {times} {share}  {peers}"
 
 
-COLUMNS = f"{'ours':>9} {'in turn':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
+COLUMNS = f"{'ours':>9} {'plain':>9} {'best peer':>9} {'ratio':>7} {'roof':>6}"
 HEADER = f"{'us a layer':<46} {COLUMNS}"
 
 

@@ -125,15 +125,21 @@ def _ours(what: str, spec: AttentionSpec, rows: int) -> None:
     )
     if what == "variant":
         shared, tile = VARIANTS[rows]
-        launch_attend(spec, tile, SMS, x, lists, ints, ints, shared=shared)
+        launch_attend(spec, tile, SMS, x, lists, ints, ints, shared=shared, early=True)
         return
     tile = tile_for(spec, rows)
     if what != "rest":
-        launch_attend(spec, tile, SMS, x, lists, ints, ints, shared=what == "shared")
+        for beside in {False, what == "private"}:
+            launch_attend(
+                *(spec, tile, SMS, x, lists, ints, ints),
+                shared=what == "shared",
+                early=True,
+                beside=beside,
+            )
         return
-    for rows, (shared, early) in product((1, 256, 1024), ((False, True), (True, False))):
+    for rows, shared in product((1, 256, 1024, 2048), (False, True)):
         many = evolve(x, q=x.q.expand(rows, -1, -1))
-        launch_merge(spec, many, lists, shared=shared, early=early)
+        launch_merge(spec, many, lists, shared=shared, early=True)
     for height in tile_heights(spec):
         launch_schedule(
             *(spec, tile_for(spec, height), batch.lengths, lists, ints, ints),

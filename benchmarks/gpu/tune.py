@@ -78,7 +78,7 @@ def variant(
 
     def work() -> None:
         lists.taken.zero_()  # As `merge` does.
-        launch_attend(spec, tile, grid, x, lists, items, sizes, shared=shared)
+        launch_attend(spec, tile, grid, x, lists, items, sizes, shared=shared, early=False)
 
     return {"us": timer.seconds(work)[0] * 1e6, "items": int(sizes[0]), "tile": str(tile)}
 

@@ -60,7 +60,6 @@ class PrefixAttention:
         device: torch.device | str,
         gate: Gate | None = Gate(),  # noqa: B008 (frozen)
         workspace: int = 128 << 20,
-        overlap: bool = True,
     ) -> None:
         """Allocate the buffers.
 
@@ -71,8 +70,6 @@ class PrefixAttention:
             device: a CUDA device; the CPU under Triton's interpreter (`TRITON_INTERPRET=1`).
             gate: decides which groups are read once; None: all of them.
             workspace: bytes for the partial outputs of keys that are read in more than one piece.
-            overlap: run the shared kernel on a stream of its own, beside the private one: the one
-                is bound by arithmetic, the other by memory.
 
         Raises:
             SageIRError: the kernels do not support the spec, or a size is out of range.
@@ -89,7 +86,8 @@ class PrefixAttention:
         self.gate = gate
         self.device = torch.device(device)
         on_cuda = self.device.type == "cuda"
-        other = on_cuda and torch.cuda.get_device_capability(self.device)[0] != 9
+        generation = torch.cuda.get_device_capability(self.device)[0] if on_cuda else 0
+        other = on_cuda and generation != 9
         self.spec = evolve(spec, hopper=False) if other else spec
         self.max_batch, self.max_rows = max_batch, max_rows
         self.variant = Variant(16, 0)
@@ -97,10 +95,8 @@ class PrefixAttention:
             torch.cuda.get_device_properties(self.device).multi_processor_count if on_cuda else 1
         )
         self._batch = self._rows = 0
-        self._side: torch.cuda.Stream | None = None
-        if overlap and on_cuda:
-            # First choice of room on the SMs; what is left is for programs of the private kernel.
-            self._side = torch.cuda.Stream(self.device, -1)  # type: ignore[no-untyped-call]
+        self._chain = generation >= 9
+        """Whether a layer's kernels start before the one before them ends."""
         self._allocate(workspace)
 
     def _allocate(self, workspace: int) -> None:
@@ -278,27 +274,22 @@ class PrefixAttention:
             raise SageIRError(Diagnostic("attention: k_scale and v_scale are for an fp8 cache"))
         if not self._rows:
             return out
-        if self.variant.shared and self._side is not None:
-            # A fork and a join: under capture, parallel branches of the graph.
-            here = torch.cuda.current_stream(self.device)
-            self._side.wait_stream(here)
-            with torch.cuda.stream(self._side):
-                self._launch(x, shared=True)
-            self._launch(x, shared=False)
-            here.wait_stream(self._side)
-        else:
-            if self.variant.shared:
-                self._launch(x, shared=True)
-            self._launch(x, shared=False)
-        # A launch that joins two streams has no kernel before it to overlap with.
-        early = self.device.type == "cuda" and not (self.variant.shared and self._side)
-        launch_merge(spec, x, self._lists, shared=self.variant.shared > 0, early=early)
+        shared = self.variant.shared > 0
+        if shared:
+            self._launch(x, shared=True)
+        # Beside the shared kernel: the one is bound by arithmetic, the other by memory.
+        self._launch(x, shared=False, beside=shared and self._chain)
+        launch_merge(spec, x, self._lists, shared=shared, early=self._chain)
         return out
 
-    def _launch(self, x: Tensors, *, shared: bool) -> None:
+    def _launch(self, x: Tensors, *, shared: bool, beside: bool = False) -> None:
         tile = tile_for(self.spec, self.variant.shared if shared else self.variant.private)
         items, sizes = self._items, self._sizes
         if shared:
             items, sizes = self._meta.device("items"), self._meta.device("sizes")
-        grid = self._sms * tile.ctas
-        launch_attend(self.spec, tile, grid, x, self._lists, items, sizes, shared=shared)
+        launch_attend(
+            *(self.spec, tile, self._sms * tile.ctas, x, self._lists, items, sizes),
+            shared=shared,
+            early=self._chain,
+            beside=beside,
+        )

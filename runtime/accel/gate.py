@@ -21,6 +21,11 @@ def ceil_div(a: int, b: int) -> int:
 
 _RATES = {16: 0.21, 32: 0.32, 64: 0.78}
 """Arithmetic of small tiles, as a share of what tiles of 128 rows do, measured on an H200."""
+_READS = {64: 0.95}
+"""Bandwidth of tiles, as a share of what the others reach, measured on an H200."""
+_STARTS = {16: 3e-6, 32: 3e-6, 128: 7e-6}
+"""What tiles cost that leave no room on an SM for private programs beside them, seconds, measured on an
+H200: the private part then runs after them; and one of 128 rows takes long to start."""
 
 
 @frozen
@@ -37,8 +42,8 @@ class Gate:
     """Pages that other programs read at about the same time, from L2, bytes/s."""
     flops: float = 5.2e14
     """Matrix arithmetic of packed tiles of 128 rows, padding included, FLOP/s."""
-    launch: float = 7.5e-6
-    """What sharing costs a layer before anything is read: a kernel, a join, a merge; seconds."""
+    launch: float = 1.0e-6
+    """What sharing costs a layer before anything is read: a kernel, a merge; seconds."""
     node: float = 0.5e-6
     """What one more node costs: tiles that start and end, partials to merge, seconds."""
     slot: float = 0.05e-6
@@ -69,7 +74,7 @@ class Gate:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
         best, least = 0, math.inf
         for rows in tile_heights(spec):
-            seconds = 0.0
+            seconds = _STARTS.get(rows, 0.0)
             for queries, tokens in nodes:
                 seconds += self._read(spec, -(-queries * spec.group // rows), rows, tokens)
             if seconds < least:
@@ -79,5 +84,6 @@ class Gate:
     def _read(self, spec: "AttentionSpec", tiles: int, rows: int, tokens: int) -> float:
         """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""
         traffic = tokens * spec.token_bytes * (1 / self.bandwidth + (tiles - 1) / self.reread)
+        traffic /= _READS.get(rows, 1.0)
         flops = 4.0 * tiles * rows * spec.kv_heads * spec.head_dim * tokens
         return max(traffic, flops / (self.flops * _RATES.get(rows, 1.0)))

@@ -36,6 +36,9 @@ __all__ = [
 LOG2E = 1.4426950408889634
 _PROGRAMS = 8192
 """Programs of `merge` that fill a GPU."""
+_FEW = 512
+"""Query heads of so few rows are merged by four warps each, for their many partials; more by one warp
+each: four of them wait for each other, and took three to four times as long."""
 
 
 def _interpreted() -> bool:
@@ -142,7 +145,13 @@ def stride_constants(k: Tensor, v: Tensor, ks: Tensor, vs: Tensor) -> dict[str, 
 
 
 def attend_constants(
-    spec: AttentionSpec, tile: Tile, *, shared: bool, upcast: bool = False
+    spec: AttentionSpec,
+    tile: Tile,
+    *,
+    shared: bool,
+    early: bool,
+    beside: bool,
+    upcast: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments of `attend`, but for those of `stride_constants`."""
     return {
@@ -159,11 +168,20 @@ def attend_constants(
         "BM": tile.rows,
         "BN": tile.keys,
         "BD": 1 << (spec.head_dim - 1).bit_length(),
+        "EARLY": early,
+        "BESIDE": beside,
     }
 
 
 def wide_constants(
-    spec: AttentionSpec, tile: Tile, k: Tensor, v: Tensor, *, shared: bool
+    spec: AttentionSpec,
+    tile: Tile,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shared: bool,
+    early: bool,
+    beside: bool,
 ) -> dict[str, object]:
     """The compile-time arguments of `attend_wide`."""
     strides = stride_constants(k, v, k, v)
@@ -176,6 +194,8 @@ def wide_constants(
         "BM": tile.rows,
         "BN": tile.keys,
         "STAGES": tile.stages,
+        "EARLY": early,
+        "BESIDE": beside,
     }
 
 
@@ -189,8 +209,17 @@ def launch_attend(
     sizes: Tensor,
     *,
     shared: bool,
+    early: bool,
+    beside: bool = False,
 ) -> None:
-    """Launch `attend` on a fixed grid of `grid` programs."""
+    """Launch `attend` on a fixed grid of `grid` programs.
+
+    Args:
+        early: whether the launch behind it may start before it has ended (programmatic dependent
+            launch), and waits for it by itself.
+        beside: whether it may start so behind the launch before it; it does not end before that.
+    """
+    chain = {"early": early, "beside": beside}
     # Triton's interpreter has no bfloat16 or float8 arithmetic.
     upcast = _interpreted() and (spec.dtype is torch.bfloat16 or spec.kv == "fp8")
     if tile.wide and not _interpreted():
@@ -199,9 +228,10 @@ def launch_attend(
             *(x.qk_scale, x.out_scale),
             *(x.q.stride()[:2] + x.out.stride()[:2]),
             x.table.stride(0),
-            **wide_constants(spec, tile, x.k, x.v, shared=shared),
+            **wide_constants(spec, tile, x.k, x.v, shared=shared, **chain),
             num_warps=tile.warps,
             maxnreg=tile.registers,
+            launch_pdl=beside,
         )
         return
     ks = x.k if x.k_scales is None else x.k_scales
@@ -213,27 +243,30 @@ def launch_attend(
         *(x.q.stride()[:2] + x.out.stride()[:2]),
         x.table.stride(0),
         **stride_constants(x.k, x.v, ks, vs),
-        **attend_constants(spec, tile, shared=shared, upcast=upcast),
+        **attend_constants(spec, tile, shared=shared, upcast=upcast, **chain),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.limit(spec, shared=shared),
+        launch_pdl=beside,
     )
 
 
 def merge_constants(
-    spec: AttentionSpec, each: int, *, shared: bool, early: bool
+    spec: AttentionSpec, rows: int, *, shared: bool, early: bool
 ) -> dict[str, object]:
     """The compile-time arguments of `merge`."""
+    few = rows * spec.heads <= _FEW
     return {
-        "EACH": each,
+        "EACH": heads_of_merge(spec, rows),
         "KV_HEADS": spec.kv_heads,
         "GROUP": spec.group,
         "D": spec.head_dim,
         "SHARED": shared,
         "SINKS": spec.sinks,
-        "SLOTS": 32,
+        "SLOTS": 32 if few else 8,
         "BD": 1 << (spec.head_dim - 1).bit_length(),
         "EARLY": early,
+        "num_warps": 4 if few else 1,
     }
 
 
@@ -258,8 +291,7 @@ def launch_merge(
     kernels.merge[(len(x.q), spec.heads // each)](
         *(lists.partial, lists.lse, x.out, x.sinks, lists.merges, lists.where, lists.taken),
         *x.out.stride()[:2],
-        **merge_constants(spec, each, shared=shared, early=early),
-        num_warps=4,
+        **merge_constants(spec, len(x.q), shared=shared, early=early),
         launch_pdl=early,
     )
 

@@ -28,9 +28,8 @@ __all__ = [
 CHUNK = 64
 """Keys of the smallest chunk, and what every chunk is a multiple of."""
 CHUNKS = 40
-"""Chunk lengths to choose from. Tiles of less than 128 rows: 1, 2, 3, 4 times CHUNK, then four to
-each power of two. Others have few items, so the last round of programs must not be a short one: the
-longest part in 2, 3, 4 equal pieces, then four numbers of pieces to each power of two."""
+"""Chunk lengths to choose from: the longest part in 2, 3, 4 equal pieces, then four numbers of pieces
+to each power of two. Equal, so that no program is left with a long piece while others have a rest."""
 ITEM_COST = 64, 4
 """What starting and ending a work item costs, in keys: for any tile, and for each of its rows."""
 CUT_COST = 128
@@ -43,11 +42,6 @@ ITEM_FIELDS = 8
 """Integers of a work item, see `kernels.common`."""
 ROW_FIELDS = 8
 """Integers of a query row for `merge`, see `kernels.common`."""
-_SIZES = np.array(
-    [CHUNK * (k + 1) if k < 4 else CHUNK * (4 + k % 4) << (k // 4 - 1) for k in range(CHUNKS)]
-)
-
-
 _PIECES = np.array([k + 2 if k < 3 else (5 + (k - 3) % 4) << (k - 3) // 4 for k in range(CHUNKS)])
 
 
@@ -217,7 +211,7 @@ def _chunk(
     lengths, queries = np.array(nodes).T
     tiles = -(-queries * spec.group // tile.rows)
     longest = int(lengths.max())
-    sizes = _SIZES[::-1] if tile.rows < 128 else -(-longest // (_PIECES * CHUNK)) * CHUNK
+    sizes = -(-longest // (_PIECES * CHUNK)) * CHUNK
     sizes = np.concatenate([[longest], sizes[sizes < longest]])
     cuts = (lengths + sizes[:, None] - 1) // sizes[:, None]
     items = cuts @ tiles

@@ -68,11 +68,15 @@ def build(
         odd = name == "table_stride"
         if signature[name].startswith("*") or (signature[name] == "i32" and stride and not odd):
             aligned[(index,)] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    options = {}
+    values = {
+        (kernel.arg_names.index(name),): value
+        for name, value in constants.items()
+        if name in kernel.arg_names
+    }
+    options: dict[str, Any] = {"num_warps": constants["num_warps"]} if "num_warps" in constants else {}
     if tile:
         limit = tile.limit(spec, shared=shared)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": limit}
+        options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": limit}
     of = GluonASTSource if tile and tile.wide else ASTSource
     source = of(kernel, signature, constexprs=values, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -111,17 +115,18 @@ def main() -> None:
             tile = tile_for(spec, rows)
             cache = torch.empty(2, spec.block_size, spec.kv_heads, spec.head_dim, device="meta")
             scales = cache[..., :2].contiguous() if spec.kv == "int8" else cache
-            constants = attend_constants(spec, tile, shared=shared)
+            constants = attend_constants(spec, tile, shared=shared, early=True, beside=not shared)
             constants |= stride_constants(cache, cache, scales, scales)
             kernel: Any = kernels.attend
             if tile.wide:
                 kernel = kernels.attend_wide
-                constants = wide_constants(spec, tile, cache, cache, shared=shared)
+                constants = wide_constants(
+                    *(spec, tile, cache, cache), shared=shared, early=True, beside=not shared
+                )
             found = build(kernel, spec, constants, tile, shared)
         elif name == "merge":
-            found = build(
-                kernels.merge, spec, merge_constants(spec, 1, shared=True, early=True), None
-            )
+            constants = merge_constants(spec, rows, shared=True, early=True)
+            found = build(kernels.merge, spec, constants, None)
         else:
             constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
             found = build(kernels.schedule, spec, constants, None)

@@ -18,7 +18,7 @@ SM_SHARED = 228 << 10
 CTA_SHARED = 1 << 10  # taken by the system for each program
 
 Case = tuple[str, dict[str, Any], int, bool]
-"""Kernel, spec, tile rows, whether it is the shared one."""
+"""Kernel, spec, rows of a tile (merge: of the batch), whether it is the shared one."""
 
 LLAMA: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 64}
 QWEN = {"heads": 28, "kv_heads": 4, "head_dim": 128, "block_size": 32, "dtype": "float16"}
@@ -43,7 +43,7 @@ CASES: list[Case] = [
     *(("attend", EXTRAS, rows, rows == 64) for rows in (16, 64)),
     *(("attend", WIDE, rows, rows == 64) for rows in (16, 64)),
     ("attend", ODD, 16, False),
-    ("merge", EXTRAS, 0, False),
+    *(("merge", EXTRAS, rows, False) for rows in (1, 256, 4096)),
     ("schedule", EXTRAS, 16, False),
 ]
 

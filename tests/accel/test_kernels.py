@@ -112,9 +112,9 @@ def test_without_groups_only_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch
     launched = []
     real = getattr(attention_module, "launch_attend")  # noqa: B009 (not exported)
 
-    def spy(*args: Any, shared: bool) -> None:
+    def spy(*args: Any, shared: bool, **options: bool) -> None:
         launched.append(shared)
-        real(*args, shared=shared)
+        real(*args, shared=shared, **options)
 
     monkeypatch.setattr(attention_module, "launch_attend", spy)
     kernels = check(AttentionSpec(4, 2, 64, 16, HALF), [1, 1, 1], [37, 80, 1])

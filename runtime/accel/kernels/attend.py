@@ -4,6 +4,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS, LOG2E, NEG_INF
 from sagellm_ir.runtime.accel.kernels.walk import walk
@@ -87,6 +88,8 @@ def attend(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    EARLY: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """Attention of packed query rows over a chunk of keys: one (item, KV head) at a time.
 
@@ -97,7 +100,12 @@ def attend(
     Each program begins with the item of its number. Where there are more, `taken` counts those that
     programs took after it; `merge` sets it back. So programs that start late, beside those of the
     other kernel, find the work that is left.
+
+    EARLY: the next kernel of the layer may start now; it waits for this one where it has to.
+    BESIDE: this one may run beside the kernel before it, and ends after it.
     """
+    if EARLY:
+        gdc_launch_dependents()
     d = tl.arange(0, BD)
     programs = tl.num_programs(0)
     index = tl.program_id(0)
@@ -196,6 +204,12 @@ def attend(
                 phase == PHASES - 1,
             )
 
+        # The next item is on its way while this one ends.
+        following = todo
+        if todo > programs:
+            following = programs + tl.atomic_add(taken, 1, sem="relaxed")
+        upcoming = _item(items, tl.where(following < todo, following // KV_HEADS, 0))
+
         if BM <= 32:
             den = tl.sum(den, 1)
         some = den > 0.0
@@ -219,8 +233,7 @@ def attend(
             part_at = (part_ptr + at * D) + (r0[:, None] * (KV_HEADS * D) + d[None, :])
             tl.store(part_at, o, mask=q_mask & some[:, None])
 
-        index = todo
-        if todo > programs:
-            index = programs + tl.atomic_add(taken, 1, sem="relaxed")
-        entry = tl.where(index < todo, index // KV_HEADS, 0)
-        owner, lo, hi, end, q_first, q_len, tile, part = _item(items, entry)
+        index = following
+        owner, lo, hi, end, q_first, q_len, tile, part = upcoming
+    if BESIDE:
+        gdc_wait()

@@ -78,11 +78,8 @@ def schedule(
     # Where nothing is merged yet, a cut means that something is.
     extra = tl.where(tl.max(shared, 0) > 0, 0, CUT_COST)
     for k in tl.static_range(CHUNKS):
-        if BM < 128:
-            size = CHUNK * (k + 1) if k < 4 else (CHUNK * (4 + k % 4)) << (k // 4 - 1)
-        else:
-            pieces = k + 2 if k < 3 else (5 + (k - 3) % 4) << ((k - 3) // 4)
-            size = tl.cdiv(tl.cdiv(longest, pieces), CHUNK) * CHUNK
+        pieces = k + 2 if k < 3 else (5 + (k - 3) % 4) << ((k - 3) // 4)
+        size = tl.cdiv(tl.cdiv(longest, pieces), CHUNK) * CHUNK
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sagellm_ir.runtime.accel.kernels.common import NEG_INF
 from sagellm_ir.runtime.accel.kernels.wide_copies import bounds, item, produce
@@ -211,11 +212,15 @@ def attend_wide(
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     """See `attend`. Four warps copy, two times four compute 64 rows each of a tile of 128.
 
     Items are dealt: program `i` takes every `num_programs`-th from the `i`-th on.
     """
+    if EARLY:
+        gdc_launch_dependents()
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -334,3 +339,5 @@ def attend_wide(
         [4, 4],
         [224, 56],
     )
+    if BESIDE:
+        gdc_wait()

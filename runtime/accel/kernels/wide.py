@@ -38,26 +38,7 @@ def _soften(s, m, high, at, hi, qk_scale, MASKED: gl.constexpr, BN: gl.constexpr
 @gluon.jit
 def _consume(
     WHICH: gl.constexpr,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    q_ptr,
-    out_ptr,
-    part_ptr,
-    lse_ptr,
-    rows,
-    items,
-    sizes,
-    qk_scale,
-    out_scale,
-    q_row_stride,
-    q_head_stride,
-    out_row_stride,
-    out_head_stride,
+    inputs,
     SHARED: gl.constexpr,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -71,6 +52,11 @@ def _consume(
     In turn `j` the scores of tile `j` and the output of tile `j - 1` are started; as soon as the
     scores are there their softmax runs, beside the product for the output.
     """
+    q_tiles, of_keys, of_values, tensors, numbers = inputs
+    k_tiles, k_full, k_empty = of_keys
+    v_tiles, v_full, v_empty = of_values
+    q_ptr, out_ptr, part_ptr, lse_ptr, rows, items, sizes = tensors
+    qk_scale, out_scale, q_row_stride, q_head_stride, out_row_stride, out_head_stride = numbers
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -236,89 +222,21 @@ def attend_wide(
         mbarrier.init(v_full.index(stage), count=128)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
+    keys = k_tiles, k_full, k_empty
+    values = v_tiles, v_full, v_empty
+    tensors = (q_ptr, out_ptr, part_ptr, lse_ptr, rows, items, sizes)
+    numbers = (qk_scale, out_scale, q_row_stride, q_head_stride, out_row_stride, out_head_stride)
+    consumer = (q_tiles, keys, values, tensors, numbers)
+    producer = (keys, values, k_ptr, v_ptr, table, items, sizes, table_stride)
+    # What is known when compiling is lost in a tuple that has a name.
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    0,
-                    q_tiles,
-                    k_tiles,
-                    v_tiles,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    q_ptr,
-                    out_ptr,
-                    part_ptr,
-                    lse_ptr,
-                    rows,
-                    items,
-                    sizes,
-                    qk_scale,
-                    out_scale,
-                    q_row_stride,
-                    q_head_stride,
-                    out_row_stride,
-                    out_head_stride,
-                    SHARED,
-                    KV_HEADS,
-                    GROUP,
-                    D,
-                    BM,
-                    BN,
-                    STAGES,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    q_tiles,
-                    k_tiles,
-                    v_tiles,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    q_ptr,
-                    out_ptr,
-                    part_ptr,
-                    lse_ptr,
-                    rows,
-                    items,
-                    sizes,
-                    qk_scale,
-                    out_scale,
-                    q_row_stride,
-                    q_head_stride,
-                    out_row_stride,
-                    out_head_stride,
-                    SHARED,
-                    KV_HEADS,
-                    GROUP,
-                    D,
-                    BM,
-                    BN,
-                    STAGES,
-                ),
-            ),
+            (_consume, (0, consumer, SHARED, KV_HEADS, GROUP, D, BM, BN, STAGES)),
+            (_consume, (1, consumer, SHARED, KV_HEADS, GROUP, D, BM, BN, STAGES)),
             (
                 produce,
                 (
-                    k_tiles,
-                    v_tiles,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    k_ptr,
-                    v_ptr,
-                    table,
-                    items,
-                    sizes,
-                    table_stride,
+                    producer,
                     k_page_stride,
                     k_row_stride,
                     k_head_stride,

@@ -54,12 +54,9 @@ def _pages(table, at, hi, BLOCK: gl.constexpr, BN: gl.constexpr, LOAD: gl.conste
 @gluon.jit
 def _copy(
     turn,
-    tiles,
-    full,
-    empty,
+    to,
     base,
-    first,
-    second,
+    pages,
     at,
     hi,
     page_stride: gl.constexpr,
@@ -71,6 +68,8 @@ def _copy(
     LOAD: gl.constexpr,
 ):
     """Start the copy of a tile of keys or values when its place is free; zeros behind `hi`."""
+    tiles, full, empty = to
+    first, second = pages
     key = gl.arange(0, BN, gl.SliceLayout(1, LOAD))
     d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
     page = first.to(gl.int64) * page_stride
@@ -89,18 +88,7 @@ def _copy(
 
 @gluon.jit
 def produce(
-    k_tiles,
-    v_tiles,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    k_ptr,
-    v_ptr,
-    table,
-    items,
-    sizes,
-    table_stride,
+    inputs,
     k_page_stride: gl.constexpr,
     k_row_stride: gl.constexpr,
     k_head_stride: gl.constexpr,
@@ -116,7 +104,11 @@ def produce(
     BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Bring the tiles of keys and values to shared memory, in the order in which they are used."""
+    """Bring the tiles of keys and values to shared memory, in the order in which they are used.
+
+    Of keys and of values: tiles, and barriers that say of each whether it is full or empty.
+    """
+    keys, values, k_ptr, v_ptr, table, items, sizes, table_stride = inputs
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     index = gl.program_id(0)
     todo = gl.load(sizes) * KV_HEADS
@@ -129,83 +121,28 @@ def produce(
         pages_of = table + owner.to(gl.int64) * table_stride
         k_base = k_ptr + head * k_head_stride
         v_base = v_ptr + head * v_head_stride
-        older, older2 = _pages(pages_of, lo, hi, BLOCK, BN, LOAD)
+        older = _pages(pages_of, lo, hi, BLOCK, BN, LOAD)
         _copy(
-            turn,
-            k_tiles,
-            k_full,
-            k_empty,
-            k_base,
-            older,
-            older2,
-            lo,
-            hi,
-            k_page_stride,
-            k_row_stride,
-            BLOCK,
-            BN,
-            D,
-            STAGES,
-            LOAD,
+            *(turn, keys, k_base, older, lo, hi, k_page_stride, k_row_stride),
+            *(BLOCK, BN, D, STAGES, LOAD),
         )
-        newer, newer2 = _pages(pages_of, lo + BN, hi, BLOCK, BN, LOAD)
+        newer = _pages(pages_of, lo + BN, hi, BLOCK, BN, LOAD)
         for j in range(1, count):
             at = lo + j * BN
             _copy(
-                turn + j,
-                k_tiles,
-                k_full,
-                k_empty,
-                k_base,
-                newer,
-                newer2,
-                at,
-                hi,
-                k_page_stride,
-                k_row_stride,
-                BLOCK,
-                BN,
-                D,
-                STAGES,
-                LOAD,
+                *(turn + j, keys, k_base, newer, at, hi, k_page_stride, k_row_stride),
+                *(BLOCK, BN, D, STAGES, LOAD),
             )
             _copy(
-                turn + j - 1,
-                v_tiles,
-                v_full,
-                v_empty,
-                v_base,
-                older,
-                older2,
-                at - BN,
-                hi,
-                v_page_stride,
-                v_row_stride,
-                BLOCK,
-                BN,
-                D,
-                STAGES,
-                LOAD,
+                *(turn + j - 1, values, v_base, older, at - BN, hi, v_page_stride, v_row_stride),
+                *(BLOCK, BN, D, STAGES, LOAD),
             )
-            older, older2 = newer, newer2
-            newer, newer2 = _pages(pages_of, at + BN, hi, BLOCK, BN, LOAD)
+            older = newer
+            newer = _pages(pages_of, at + BN, hi, BLOCK, BN, LOAD)
         turn += count
+        at = lo + (count - 1) * BN
         _copy(
-            turn - 1,
-            v_tiles,
-            v_full,
-            v_empty,
-            v_base,
-            older,
-            older2,
-            lo + (count - 1) * BN,
-            hi,
-            v_page_stride,
-            v_row_stride,
-            BLOCK,
-            BN,
-            D,
-            STAGES,
-            LOAD,
+            *(turn - 1, values, v_base, older, at, hi, v_page_stride, v_row_stride),
+            *(BLOCK, BN, D, STAGES, LOAD),
         )
         index += gl.num_programs(0)

@@ -36,8 +36,8 @@ __all__ = [
 LOG2E = 1.4426950408889634
 _PROGRAMS = 8192
 """Programs of `merge` that fill a GPU."""
-_FEW = 512
-"""Query heads of so few rows are merged by four warps each, for their many partials; more by one warp
+_FEW = 64
+"""So few heads of rows are merged by four warps each, for they have many partials; more by one warp
 each: four of them wait for each other, and took three to four times as long."""
 
 

@@ -134,6 +134,14 @@ def test_the_gate_knows_when_sharing_pays() -> None:
     assert plan_forest(LLAMA, small, ints(1, 1), ints(200, 200), None).nodes
 
 
+def test_tiles_leave_room_for_the_private_part_unless_arithmetic_or_bandwidth_decides() -> None:
+    gate = Gate()
+    assert gate.tile_rows(LLAMA, [(8, 4096)]) == 64  # 32 rows would do, and fill an SM's registers
+    assert gate.tile_rows(LLAMA, [(32, 4096)]) == 64
+    assert gate.tile_rows(LLAMA, [(256, 32768)]) == 128
+    assert gate.tile_rows(LLAMA, [(8, 1 << 17)]) == 32
+
+
 @pytest.mark.parametrize(
     ("groups", "problem"),
     [

@@ -73,16 +73,10 @@ def build(
         for name, value in constants.items()
         if name in kernel.arg_names
     }
-    options: dict[str, Any] = (
-        {"num_warps": constants["num_warps"]} if "num_warps" in constants else {}
-    )
+    options = {name: value for name, value in constants.items() if name == "num_warps"}
     if tile:
         limit = tile.limit(spec, shared=shared)
-        options: dict[str, Any] = {
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-            "maxnreg": limit,
-        }
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": limit}
     of = GluonASTSource if tile and tile.wide else ASTSource
     source = of(kernel, signature, constexprs=values, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

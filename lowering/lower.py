@@ -5,7 +5,7 @@ the first step after its last use. The work of a step is in proportion to what c
 one copy of its batch when that changed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from sagellm_ir.collecting import no_collections
@@ -31,7 +31,7 @@ from sagellm_ir.nodes import AllReduce, KVFetch, KVMigrate
 from sagellm_ir.request import Sampling
 from sagellm_ir.target import DEVICE
 
-__all__ = ["lower"]
+__all__ = ["lower", "lower_steps"]
 
 GREEDY = Sampling()
 
@@ -64,14 +64,22 @@ def lower(
     Raises:
         SageIRError: the graph is not scheduled, or its KV does not fit its tiers.
     """
-    if graph.stage != "scheduled":
-        raise SageIRError(
-            Diagnostic(
-                f"graph {graph.name!r} is {graph.stage}, and lowering needs a scheduled one",
-                help="run the pass 'schedule' last, and 'evict' after it when KV is short",
-            )
-        )
     return _Lowering(graph, resident, live, retain).plan(tokens or {}, sampling or {})
+
+
+def lower_steps(
+    graph: IRGraph,
+    *,
+    resident: Sequence[Resident] | None = None,
+    live: Sequence[LiveBlock] = (),
+    retain: bool = False,
+) -> Iterator[PlanStep]:
+    """The steps of the plan that `lower` makes, each made when it is asked for.
+
+    Raises:
+        SageIRError: see `lower`; KV that does not fit, at the step that it does not fit in.
+    """
+    return _Lowering(graph, resident, live, retain).steps()
 
 
 class _Lowering:
@@ -84,6 +92,13 @@ class _Lowering:
         live: Sequence[LiveBlock],
         retain: bool,
     ) -> None:
+        if graph.stage != "scheduled":
+            raise SageIRError(
+                Diagnostic(
+                    f"graph {graph.name!r} is {graph.stage}, and lowering needs a scheduled one",
+                    help="run the pass 'schedule' last, and 'evict' after it when KV is short",
+                )
+            )
         self.graph, self.live = graph, tuple(live)
         self.flat = FlatGraph(graph)
         self.pools = Pools(graph, self.flat, resident, live, retain)
@@ -105,13 +120,7 @@ class _Lowering:
     ) -> ExecutionPlan:
         """The plan of the whole graph."""
         resident = self.pools.content()
-        steps = [self.step(index, loops) for index, loops in enumerate(self.graph.loops)]
-        if steps:
-            self.pools.release(self.flat.dead[len(steps)])
-            self.pools.drop_live()
-            worker = steps[-1].worker
-            if frees := self.pools.take_frees(worker):
-                steps.append(PlanStep(len(steps), worker, frees, loops=0))
+        steps = tuple(self.steps())
         requests = [
             PlanRequest(
                 decl.id,
@@ -132,8 +141,21 @@ class _Lowering:
         retained = self.pools.content()
         name, target = self.graph.name, self.graph.target
         return ExecutionPlan(
-            name, target, tuple(requests), tuple(steps), resident, self.live, retained
+            name, target, tuple(requests), steps, resident, self.live, retained
         )
+
+    def steps(self) -> Iterator[PlanStep]:
+        """All steps, in order; once."""
+        worker, count = "", len(self.graph.loops)
+        for index, loops in enumerate(self.graph.loops):
+            step = self.step(index, loops)
+            worker = step.worker
+            yield step
+        if count:
+            self.pools.release(self.flat.dead[count])
+            self.pools.drop_live()
+            if frees := self.pools.take_frees(worker):
+                yield PlanStep(count, worker, frees, loops=0)
 
     def step(self, index: int, loops: int) -> PlanStep:
         """One step: what ends, what moves, what is bound, what runs."""

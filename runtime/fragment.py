@@ -6,11 +6,14 @@ fragment's block numbers by the engine's, step by step, as the steps are given o
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
-from sagellm_ir.lowering import lower
+from sagellm_ir.lowering.lower import lower, lower_steps
 from sagellm_ir.lowering.plan import (
     Bind,
     ExecutionPlan,
@@ -40,12 +43,16 @@ class Held:
 
 @define(eq=False)
 class Fragment:
-    """A compiled plan that is being given out.
+    """A compiled plan whose first prefills are being given out.
 
     Its blocks stand for those of `ledger`; each that is known is held until `close`.
     """
 
-    plan: ExecutionPlan
+    plan: Callable[[], ExecutionPlan]
+    """Makes the whole plan, for who wants to see it."""
+    steps: Sequence[PlanStep]
+    """Its steps up to the end of its first prefills, in the plan's numbers. What it would do from
+    there on is decided anew, when decodes have ended."""
     ledger: Ledger
     decls: dict[str, RequestDecl]
     _blocks: dict[tuple[str, int], int]
@@ -60,11 +67,8 @@ class Fragment:
             self.ledger[tier].hold((block,))
 
     def next(self) -> PlanStep | None:
-        """The next step, in the plan's numbers; None where its first prefills end. What it would do
-        from there on is decided anew, when decodes have ended."""
-        steps = self.plan.steps
-        step = steps[self.position] if self.position < len(steps) else None
-        return step if step is not None and (step.prefill or not step.loops) else None
+        """The next step; None after the last one."""
+        return self.steps[self.position] if self.position < len(self.steps) else None
 
     def close(self) -> None:
         """Hold nothing any more."""
@@ -162,8 +166,15 @@ def assemble(
     small = evolve(target, tiers=tuple(tiers))
     cache = tuple(CachedBlocks(item.tier, blocks=item.ids) for item in resident)
     graph = compiler(IRGraph(name, small, tuple(decls), _nodes(decls, small), cache))
-    plan = lower(graph, resident=resident, live=live, retain=True)
-    return Fragment(plan, ledger, {decl.id: decl for decl in decls}, blocks)
+    made: dict[str, Any] = {"resident": resident, "live": live, "retain": True}
+    steps = takewhile(_is_first, lower_steps(graph, **made))
+    known = {decl.id: decl for decl in decls}
+    return Fragment(partial(lower, graph, **made), tuple(steps), ledger, known, blocks)
+
+
+def _is_first(step: PlanStep) -> bool:
+    """Whether a step still belongs to the first prefills: none that decodes alone came before."""
+    return bool(step.prefill) or not step.loops
 
 
 def _hits(

@@ -97,8 +97,8 @@ class OnlinePlanner:
         self.target = target
         self.epochs = 0
         """Compilations so far."""
-        self.plan: ExecutionPlan | None = None
-        """The newest fragment, in block numbers of its own, its steps numbered from 0."""
+        self._newest: Callable[[], ExecutionPlan] | None = None
+        """Makes the plan of the newest fragment."""
         self._passes = PassManager(Pipeline.parse(pipeline))
         self._reserve, self._window = reserve, window
         self._requests = Requests(target)
@@ -120,6 +120,14 @@ class OnlinePlanner:
         self._issued = 0
         self._rested = 0.0
         """Predicted seconds since the decodes ran last."""
+
+    @property
+    def plan(self) -> ExecutionPlan | None:
+        """The newest fragment, whole, in block numbers of its own, its steps numbered from 0.
+
+        Any thread may ask: it is lowered again, as the planner itself lowers only what it runs.
+        """
+        return self._newest() if self._newest is not None else None
 
     def submit(self, request: PlanRequest, tokens: Sequence[int] | None = None) -> None:
         """Make a request known; it is planned from the next step on. The engine must know it too.
@@ -303,7 +311,7 @@ class OnlinePlanner:
         while jobs:
             try:
                 self._fragment = self._compile(jobs)
-                self.plan = self._fragment.plan
+                self._newest = self._fragment.plan
                 return
             except SageIRError as error:
                 if len(jobs) < 2 and not len(self._batch):

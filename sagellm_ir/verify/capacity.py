@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints
+from sagellm_ir.columns import NONE, Columns, Ints, places
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE
@@ -65,7 +65,7 @@ def _live_blocks(c: Columns) -> Iterator[tuple[tuple[int, int], Ints]]:
 def _pin_nodes(c: Columns) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Nodes whose blocks on the device are the cache's own."""
     pins = np.zeros(len(c.nodes), dtype=bool)
-    for i in np.flatnonzero(c.is_fetch & (c.source == NONE)).tolist():
+    for i in places(c.is_fetch & (c.source == NONE)):
         node = c.nodes[i]
         pins[i] = isinstance(node, KVFetch) and node.src == DEVICE
     return pins
@@ -75,7 +75,7 @@ def _pins(c: Columns) -> dict[int, dict[int, int]]:
     """For each tier and worker, the last step that needs each cached block."""
     size, workers = c.graph.target.block_size, len(c.worker_index)
     pinned: dict[int, dict[int, int]] = {}
-    for i in np.flatnonzero(c.is_fetch & (c.source == NONE)).tolist():
+    for i in places(c.is_fetch & (c.source == NONE)):
         node = c.nodes[i]
         assert isinstance(node, KVFetch)
         place = c.tier_index[node.src] * workers + max(int(c.worker[i]), 0)

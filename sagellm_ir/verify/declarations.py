@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import Columns, Ints
+from sagellm_ir.columns import Columns, Ints, places
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE
@@ -76,7 +76,7 @@ def whole_prompts(c: Columns) -> Iterator[Finding]:
     """A prompt has tokens, and one block id for each full block."""
     size = c.graph.target.block_size
     wrong = (c.prompt < 1) | (c.id_count != c.prompt // size)
-    for at in np.flatnonzero(wrong).tolist():
+    for at in places(wrong):
         request = c.graph.requests[at]
         if request.prompt_len < 1:
             yield Finding(f"request @{request.id} has an empty prompt", request=request)
@@ -102,12 +102,13 @@ def chained_blocks(c: Columns) -> Iterator[Finding]:
     first one belongs to one adapter and tenant. So no id stands twice in one prompt."""
     if not len(c.ids) or c.ids.min() < 0:
         return
-    parent = np.roll(c.ids, 1)
+    parent = np.empty_like(c.ids)
+    parent[1:] = c.ids[:-1]
     some = c.id_count > 0
     parent[c.id_start[some]] = ~c.space[some]
     first = c.first_id
     owners = None
-    for i in np.flatnonzero(parent != parent[first]).tolist():
+    for i in places(parent != parent[first]):
         owners = _owners(c) if owners is None else owners
         request, other = c.graph.requests[owners[i]], c.graph.requests[owners[first[i]]]
         here, there = _parent(int(parent[i])), _parent(int(parent[first[i]]))

@@ -1,7 +1,6 @@
 """`Finding`: a broken law. `VerifyError` carries all of them, each shown among its neighbours."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
 from attrs import frozen
 
@@ -40,10 +39,11 @@ Law = Callable[[Columns], Iterable[Finding]]
 def broken(columns: Columns, laws: Iterable[Law]) -> Iterator[Diagnostic]:
     """What the laws find."""
     for law in laws:
-        findings = iter(law(columns))
-        for finding in islice(findings, _PER_LAW):
+        findings = list(law(columns))
+        for finding in findings[:_PER_LAW]:
             yield diagnose(columns.graph, finding)
-        if more := sum(1 for _ in findings):
+        if len(findings) > _PER_LAW:
+            more = len(findings) - _PER_LAW
             yield Diagnostic(f"{more} more findings like the last one are not shown")
 
 

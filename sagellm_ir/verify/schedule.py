@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints, Mask
+from sagellm_ir.columns import NONE, Columns, Ints, Mask, places
 from sagellm_ir.nodes import Decode
 from sagellm_ir.verify.report import Finding
 
@@ -18,7 +18,7 @@ def no_steps_yet(c: Columns) -> Iterator[Finding]:
         return
     if c.graph.loops:
         yield Finding(f"a {stage} graph has no steps yet")
-    for i in np.flatnonzero(np.maximum(c.step, c.finish) != NONE).tolist():
+    for i in places(np.maximum(c.step, c.finish) != NONE):
         yield Finding(f"a node of a {stage} graph has no step yet", i)
 
 
@@ -29,10 +29,10 @@ def workers_of_stage(c: Columns) -> Iterator[Finding]:
     """
     stage, unset = c.graph.stage, c.worker == NONE
     if stage == "built":
-        for i in np.flatnonzero(~unset).tolist():
+        for i in places(~unset):
             yield Finding("a node of a built graph has no worker yet", i)
     elif not unset.all() or (stage == "placed" and len(c.graph.target.workers) > 1):
-        for i in np.flatnonzero(unset).tolist():
+        for i in places(unset):
             yield Finding(f"a node of this {stage} graph has no worker", i)
 
 
@@ -42,7 +42,7 @@ def steps_set(c: Columns) -> Iterator[Finding]:
         return
     steps = len(c.graph.loops)
     late = (c.finish < c.step) | (c.finish >= steps)
-    for i in np.flatnonzero((c.step < 0) | late).tolist():
+    for i in places((c.step < 0) | late):
         node = c.nodes[i]
         if node.step is None:
             message = "a node of a scheduled graph has no step"
@@ -51,7 +51,7 @@ def steps_set(c: Columns) -> Iterator[Finding]:
         else:
             message = f"step {max(c.step[i], c.finish[i])} is not among the graph's {steps} steps"
         yield Finding(message, i)
-    for i in np.flatnonzero(c.is_decode & (c.until == NONE)).tolist():
+    for i in places(c.is_decode & (c.until == NONE)):
         yield Finding("a decode of a scheduled graph has no 'until'", i)
     limit = c.graph.target.max_loops
     if 0 <= min(c.graph.loops, default=0) <= max(c.graph.loops, default=0) <= limit:
@@ -87,11 +87,11 @@ def step_workers(c: Columns) -> Ints:
 
 def _running(c: Columns, nodes: Mask) -> Ints:
     """For each worker and step, how many of some nodes run then, from step to finish."""
-    counts: Ints = np.zeros((len(c.graph.target.workers), len(c.graph.loops) + 1), dtype=np.int64)
-    worker = np.maximum(c.worker[nodes], 0)
-    np.add.at(counts, (worker, c.step[nodes]), 1)
-    np.add.at(counts, (worker, c.finish[nodes] + 1), -1)
-    return np.cumsum(counts, axis=1)[:, :-1]
+    workers, steps = len(c.graph.target.workers), len(c.graph.loops) + 1
+    first = np.maximum(c.worker[nodes], 0) * steps
+    changes = np.bincount(first + c.step[nodes], minlength=workers * steps)
+    changes -= np.bincount(first + c.finish[nodes] + 1, minlength=workers * steps)
+    return changes.reshape(workers, steps).cumsum(axis=1)[:, :-1]
 
 
 def operands_first(c: Columns) -> Iterator[Finding]:
@@ -105,14 +105,14 @@ def operands_first(c: Columns) -> Iterator[Finding]:
     same_step = c.is_move[operand] | (c.is_prefill[user] & c.is_prefill[operand])
     same_step |= c.is_decode[user] & (c.forwards[user] == 0)
     early = c.step[user] < c.finish[operand] + ~same_step
-    for edge in np.flatnonzero(early & ~c.is_allreduce[user]).tolist():
+    for edge in places(early & ~c.is_allreduce[user]):
         yield _too_early(c, int(user[edge]), int(operand[edge]), "its operand")
 
 
 def after_first(c: Columns) -> Iterator[Finding]:
     """A node runs in a step after what it is `after`; after a move, it may be the same step."""
     user, other = c.after.user, c.after.target
-    for edge in np.flatnonzero(c.step[user] < c.finish[other] + ~c.is_move[other]).tolist():
+    for edge in places(c.step[user] < c.finish[other] + ~c.is_move[other]):
         yield _too_early(c, int(user[edge]), int(other[edge]), "what it is after,")
 
 
@@ -130,9 +130,9 @@ def collectives_inside(c: Columns) -> Iterator[Finding]:
         return
     user, operand = c.operands.user, c.operands.target
     outside = (c.step[user] < c.step[operand]) | (c.step[user] > c.finish[operand])
-    resting = np.array(c.graph.decode_loops, dtype=np.int64)[c.step[user]] == 0
+    resting = c.decode_loops[c.step[user]] == 0
     outside |= resting & (c.forwards[operand] > 0)
-    for edge in np.flatnonzero(outside & c.is_allreduce[user]).tolist():
+    for edge in places(outside & c.is_allreduce[user]):
         i, j = int(user[edge]), int(operand[edge])
         yield Finding(f"%{c.names[j]} does not run in step {c.step[i]}, its collective does", i)
 
@@ -142,7 +142,7 @@ def step_on_one_worker(c: Columns) -> Iterator[Finding]:
     if len(c.graph.target.workers) == 1:
         return
     owners, worker = step_workers(c), np.maximum(c.worker, 0)
-    for i in np.flatnonzero(owners[c.step] != worker).tolist():
+    for i in places(owners[c.step] != worker):
         owner = c.graph.target.workers[owners[c.step[i]]].name
         yield Finding(f"step {c.step[i]} is of worker {owner!r}, not {c.nodes[i].worker!r}", i)
 
@@ -155,17 +155,16 @@ def decode_forwards(c: Columns) -> Iterator[Finding]:
     no forward to run, the decode is done in the step of that prefill.
     """
     decodes = np.flatnonzero(c.is_decode)
-    owners, loops = step_workers(c), np.array(c.graph.decode_loops, dtype=np.int64)
+    owners, loops, count = step_workers(c), c.decode_loops, len(c.graph.target.workers)
     worker = np.maximum(c.worker[decodes], 0)
     step, until, needed = c.step[decodes], c.finish[decodes], c.forwards[decodes]
-    got = np.zeros(len(decodes), dtype=np.int64)
-    for number in range(len(c.graph.target.workers)):
-        done = np.concatenate(([0], np.cumsum(np.where(owners == number, loops, 0))))
-        mine = worker == number
-        got[mine] = done[until[mine] + 1] - done[step[mine]]
+    done: Ints = np.zeros((count, len(loops) + 1), dtype=np.int64)
+    mine = owners == np.arange(count)[:, np.newaxis]
+    np.cumsum(loops * mine, axis=1, out=done[:, 1:])
+    got = done[worker, until + 1] - done[worker, step]
     idle = (owners[until] != worker) | (owners[step] != worker)
     idle |= (loops[until] == 0) | (loops[step] == 0)
-    for k in np.flatnonzero((needed > 0) & ((got != needed) | idle)).tolist():
+    for k in places((needed > 0) & ((got != needed) | idle)):
         ends = (
             ""
             if got[k] != needed[k]
@@ -178,7 +177,7 @@ def decode_forwards(c: Columns) -> Iterator[Finding]:
         )
     prefix = c.prefix[decodes]
     at_prefill = c.is_prefill[prefix] & (step != c.step[prefix])
-    for k in np.flatnonzero((needed == 0) & ((step != until) | at_prefill)).tolist():
+    for k in places((needed == 0) & ((step != until) | at_prefill)):
         yield Finding(
             f"a decode without forwards is done in the step of its prefill, "
             f"{c.step[prefix[k]]}, not in steps {step[k]} to {until[k]}",
@@ -192,21 +191,22 @@ def step_budgets(c: Columns) -> Iterator[Finding]:
     Decodes that rest take no room.
     """
     target, steps = c.graph.target, len(c.graph.loops)
-    loops = np.array(c.graph.loops, dtype=np.int64)
-    owners = step_workers(c)
-    rows = _running(c, c.is_decode & (c.forwards > 0))[owners, np.arange(steps)]
-    rows[np.array(c.graph.decode_loops, dtype=np.int64) == 0] = 0
+    loops = c.loops
+    rows = _running(c, c.is_decode & (c.forwards > 0))[step_workers(c), np.arange(steps)]
+    rows[c.decode_loops == 0] = 0
     step, span = c.step[c.is_prefill], (c.stop - c.start)[c.is_prefill]
     tokens = np.bincount(step, weights=span, minlength=steps).astype(np.int64)
-    pairs = np.unique(step * len(c.prompt) + c.request[c.is_prefill])
-    sequences = np.bincount(pairs // max(len(c.prompt), 1), minlength=steps)
-    for k in np.flatnonzero((sequences > 0) & (loops != 1)).tolist():
+    pairs = np.sort(step * len(c.prompt) + c.request[c.is_prefill])
+    distinct = np.ones(len(pairs), dtype=bool)
+    distinct[1:] = pairs[1:] != pairs[:-1]
+    sequences = np.bincount(pairs[distinct] // max(len(c.prompt), 1), minlength=steps)
+    for k in places((sequences > 0) & (loops != 1)):
         yield Finding(f"step {k} has a prefill, so it has one forward, not {loops[k]}")
-    for k in np.flatnonzero(tokens + rows > target.max_tokens).tolist():
+    for k in places(tokens + rows > target.max_tokens):
         yield Finding(
             f"step {k} computes {tokens[k] + rows[k]} tokens, max_tokens is {target.max_tokens}"
         )
-    for k in np.flatnonzero(sequences + rows > target.max_batch).tolist():
+    for k in places(sequences + rows > target.max_batch):
         yield Finding(
             f"step {k} runs {sequences[k] + rows[k]} sequences, max_batch is {target.max_batch}"
         )

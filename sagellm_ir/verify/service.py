@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns
+from sagellm_ir.columns import NONE, Columns, places
 from sagellm_ir.verify.report import Finding
 
 __all__ = ["LAWS"]
@@ -12,20 +12,21 @@ __all__ = ["LAWS"]
 
 def answered_once(c: Columns) -> Iterator[Finding]:
     """The decodes of a request cover its answer without gap or overlap."""
-    decodes = np.flatnonzero(c.is_decode)
-    decodes = decodes[np.lexsort((c.start[decodes], c.request[decodes]))]
+    decodes = c.is_decode.nonzero()[0]
+    if not (c.request[decodes[1:]] > c.request[decodes[:-1]]).all():  # as it nearly always is
+        decodes = decodes[np.lexsort((c.start[decodes], c.request[decodes]))]
     request, start, stop = c.request[decodes], c.start[decodes], c.stop[decodes]
-    first = np.ones(len(decodes), dtype=bool)
-    first[1:] = request[1:] != request[:-1]
-    expected = np.where(first, c.prompt[request] if len(c.prompt) else 0, np.roll(stop, 1))
-    for k in np.flatnonzero(start != expected).tolist():
+    expected = c.prompt[request] if len(c.prompt) else np.zeros_like(start)
+    again = (request[1:] == request[:-1]).nonzero()[0]
+    expected[again + 1] = stop[again]
+    for k in places(start != expected):
         asked = c.graph.requests[request[k]]
         how = "left out" if start[k] > expected[k] else "generated twice"
         low, high = sorted((int(start[k]), int(expected[k])))
         yield Finding(f"tokens [{low}:{high}] of @{asked.id} are {how}", int(decodes[k]))
     reached = np.full(len(c.prompt), NONE, dtype=np.int64)
     np.maximum.at(reached, request, stop)
-    for k in np.flatnonzero(reached != c.end).tolist():
+    for k in places(reached != c.end):
         asked = c.graph.requests[k]
         if reached[k] == NONE:
             yield Finding(
@@ -41,10 +42,10 @@ def answered_once(c: Columns) -> Iterator[Finding]:
 
 def prompt_ends_once(c: Columns) -> Iterator[Finding]:
     """One prefill ends the prompt of a request: the first token comes out of it, once."""
-    ends = np.flatnonzero(c.is_prefill)
+    ends = c.is_prefill.nonzero()[0]
     ends = ends[c.stop[ends] == c.prompt[c.request[ends]]] if len(c.prompt) else ends[:0]
     count = np.bincount(c.request[ends], minlength=len(c.prompt))
-    for k in np.flatnonzero(count != 1).tolist():
+    for k in places(count != 1):
         asked = c.graph.requests[k]
         if count[k]:
             node = int(ends[c.request[ends] == k][1])

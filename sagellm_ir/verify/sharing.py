@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints
+from sagellm_ir.columns import NONE, Columns, Ints, places
 from sagellm_ir.nodes import KVFetch, KVNode
 from sagellm_ir.target import DEVICE
 from sagellm_ir.verify.report import Finding
@@ -20,8 +20,8 @@ def equal_blocks(c: Columns) -> Iterator[Finding]:
     holds for all ancestors: what a prefix shares was checked at the prefix.
     """
     for operand, until in ((c.prefix, c.start), (c.source, c.stop)):
-        users = np.flatnonzero(operand != NONE)
-        users = users[c.request[users] != c.request[operand[users]]]
+        # No node is -1, which stands for the last: it takes part only where that is masked.
+        users = ((operand != NONE) & (c.request != c.request[operand])).nonzero()[0]
         if not len(users):
             continue
         mine, other, tokens = c.request[users], c.request[operand[users]], until[users]
@@ -29,7 +29,7 @@ def equal_blocks(c: Columns) -> Iterator[Finding]:
         fits = (full > 0) & (rest == 0) & (full <= np.minimum(c.id_count[mine], c.id_count[other]))
         agree = fits & (c.space[mine] == c.space[other])
         agree[agree] = _same_id(c, mine[agree], other[agree], full[agree] - 1)
-        for k in np.flatnonzero(~agree).tolist():
+        for k in places(~agree):
             why = _disagreement(c, int(mine[k]), int(other[k]), int(tokens[k]))
             yield Finding(
                 f"%{c.names[users[k]]} shares %{c.names[operand[users[k]]]}, but {why}",
@@ -63,7 +63,7 @@ def _disagreement(c: Columns, one: int, two: int, tokens: int) -> str:
 
 def prefix_on_device(c: Columns) -> Iterator[Finding]:
     """What a node reads as its prefix is on the device."""
-    for i in np.flatnonzero((c.prefix != NONE) & (c.tier[c.prefix] != c.device)).tolist():
+    for i in places((c.prefix != NONE) & (c.tier[c.prefix] != c.device)):
         prefix = c.nodes[c.prefix[i]]
         assert isinstance(prefix, KVNode)
         yield Finding(
@@ -75,7 +75,7 @@ def prefix_on_device(c: Columns) -> Iterator[Finding]:
 
 def prefix_on_worker(c: Columns) -> Iterator[Finding]:
     """What a node reads as its prefix is on its own worker."""
-    for i in np.flatnonzero((c.prefix != NONE) & (c.worker[c.prefix] != c.worker)).tolist():
+    for i in places((c.prefix != NONE) & (c.worker[c.prefix] != c.worker)):
         prefix = c.nodes[c.prefix[i]]
         yield Finding(
             f"%{c.names[i]} is on {_worker(c, i)}, but its prefix %{prefix.name} "
@@ -91,7 +91,7 @@ def _worker(c: Columns, i: int) -> str:
 
 def fetch_sources(c: Columns) -> Iterator[Finding]:
     """A fetch reads a lower tier of its own worker, and its source is there."""
-    for i in np.flatnonzero(c.is_fetch & (c.source != NONE)).tolist():
+    for i in places(c.is_fetch & (c.source != NONE)):
         node, source = c.nodes[i], c.nodes[c.source[i]]
         assert isinstance(node, KVFetch)
         assert isinstance(source, KVNode)
@@ -112,12 +112,14 @@ def fetch_sources(c: Columns) -> Iterator[Finding]:
 def migrates_move(c: Columns) -> Iterator[Finding]:
     """A migrate goes to another tier of its worker, or from one worker's device to another's."""
     moves = np.flatnonzero(c.is_migrate)
+    if not len(moves):
+        return
     source = c.source[moves]
     to_device = c.tier[moves] == c.device
     same_worker = c.worker[moves] == c.worker[source]
     across = (c.tier[source] == c.device) & ~same_worker
     down = (c.tier[source] != c.tier[moves]) & same_worker
-    for k in np.flatnonzero(~np.where(to_device, across, down)).tolist():
+    for k in places(~np.where(to_device, across, down)):
         i, source_node = int(moves[k]), c.nodes[source[k]]
         assert isinstance(source_node, KVNode)
         wanted = "the device of another worker" if to_device[k] else "another tier of its worker"

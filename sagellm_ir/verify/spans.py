@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns
+from sagellm_ir.columns import NONE, Columns, places
 from sagellm_ir.nodes import AllReduce, KVNode
 from sagellm_ir.verify.report import Finding
 
@@ -13,7 +13,7 @@ __all__ = ["LAWS"]
 
 def nonempty_spans(c: Columns) -> Iterator[Finding]:
     """A span `[start, stop)` has tokens."""
-    for i in np.flatnonzero(c.is_kv & ((c.start < 0) | (c.start >= c.stop))).tolist():
+    for i in places(c.is_kv & ((c.start < 0) | (c.start >= c.stop))):
         yield Finding(f"empty span [{c.start[i]}:{c.stop[i]}]: expected 0 <= start < stop", i)
 
 
@@ -24,7 +24,7 @@ def spans_inside_requests(c: Columns) -> Iterator[Finding]:
     prompt, end = c.prompt[c.request], c.end[c.request]
     low = np.where(c.is_decode, prompt, 0)
     high = np.where(c.is_prefill, prompt, end)
-    for i in np.flatnonzero(c.is_kv & ((c.start < low) | (c.stop > high))).tolist():
+    for i in places(c.is_kv & ((c.start < low) | (c.stop > high))):
         node = c.nodes[i]
         assert isinstance(node, KVNode)
         part = "prompt" if c.is_prefill[i] else "answer" if c.is_decode[i] else "tokens"
@@ -37,7 +37,7 @@ def spans_inside_requests(c: Columns) -> Iterator[Finding]:
 
 def spans_abut(c: Columns) -> Iterator[Finding]:
     """A node starts where its prefix stops; so a prefix chain covers `[0, start)` without gaps."""
-    for i in np.flatnonzero((c.prefix != NONE) & (c.start != c.stop[c.prefix])).tolist():
+    for i in places((c.prefix != NONE) & (c.start != c.stop[c.prefix])):
         prefix = c.nodes[c.prefix[i]]
         yield Finding(
             f"%{c.names[i]} starts at {c.start[i]}, but its prefix %{prefix.name} "
@@ -49,8 +49,8 @@ def spans_abut(c: Columns) -> Iterator[Finding]:
 def one_append(c: Columns) -> Iterator[Finding]:
     """A value that ends inside a block has one node at most that appends to it (alignment law)."""
     size = c.graph.target.block_size
-    users = np.flatnonzero(c.is_forward & (c.prefix != NONE))
-    users = users[c.start[users] % size != 0]
+    inside = c.is_forward & (c.prefix != NONE) & (c.start % size != 0)
+    users = inside.nonzero()[0]
     prefixes = c.prefix[users]
     values, first = np.unique(prefixes, return_index=True)
     if len(values) == len(users):
@@ -70,11 +70,13 @@ def copies_inside_sources(c: Columns) -> Iterator[Finding]:
     """A move copies a part of its source that is cut at block boundaries."""
     size = c.graph.target.block_size
     moves = np.flatnonzero(c.source != NONE)
+    if not len(moves):
+        return
     start, stop = c.start[moves], c.stop[moves]
     low, high = c.start[c.source[moves]], c.stop[c.source[moves]]
     outside = (start < low) | (stop > high)
     cut = ((start != low) & (start % size != 0)) | ((stop != high) & (stop % size != 0))
-    for k in np.flatnonzero(outside | cut).tolist():
+    for k in places(outside | cut):
         source = c.names[c.source[moves[k]]]
         why = "is not inside" if outside[k] else f"cuts a block of {size} tokens of"
         yield Finding(
@@ -86,7 +88,7 @@ def copies_inside_sources(c: Columns) -> Iterator[Finding]:
 
 def sound_collectives(c: Columns) -> Iterator[Finding]:
     """A collective has a payload and is called."""
-    for i in np.flatnonzero(c.is_allreduce).tolist():
+    for i in places(c.is_allreduce):
         node = c.nodes[i]
         assert isinstance(node, AllReduce)
         if node.bytes < 0 or node.calls < 1:

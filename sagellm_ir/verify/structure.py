@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import networkx as nx
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Edges
+from sagellm_ir.columns import NONE, Columns, Edges, places
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
 from sagellm_ir.target import DEVICE
@@ -27,7 +27,7 @@ def unique_names(c: Columns) -> Iterator[Finding]:
 
 def known_operands(c: Columns) -> Iterator[Finding]:
     """Every operand is a node of the graph."""
-    for edge in np.flatnonzero(c.operands.target == NONE).tolist():
+    for edge in places(c.operands.target == NONE):
         name = c.operands.names[edge]
         yield Finding(
             f"operand %{name} is not defined",
@@ -38,7 +38,7 @@ def known_operands(c: Columns) -> Iterator[Finding]:
 
 def known_after(c: Columns) -> Iterator[Finding]:
     """Every order edge names a node of the graph."""
-    for edge in np.flatnonzero(c.after.target == NONE).tolist():
+    for edge in places(c.after.target == NONE):
         name = c.after.names[edge]
         yield Finding(
             f"'after' names %{name}, which is not defined",
@@ -94,7 +94,7 @@ def _add(digraph: "nx.DiGraph[str]", edges: Edges, names: list[str]) -> None:
 
 def known_requests(c: Columns) -> Iterator[Finding]:
     """Every KV belongs to a request of the graph."""
-    for i in np.flatnonzero(c.is_kv & (c.request == NONE)).tolist():
+    for i in places(c.is_kv & (c.request == NONE)):
         node = c.nodes[i]
         assert isinstance(node, KVNode)
         yield Finding(
@@ -108,7 +108,7 @@ def known_workers(c: Columns) -> Iterator[Finding]:
     """Every worker is one of the target's."""
     if c.named_workers.count(None) == len(c.nodes):
         return
-    for i in np.flatnonzero(c.worker == NONE).tolist():
+    for i in places(c.worker == NONE):
         worker = c.named_workers[i]
         if worker is not None:
             yield Finding(
@@ -118,7 +118,7 @@ def known_workers(c: Columns) -> Iterator[Finding]:
 
 def known_tiers(c: Columns) -> Iterator[Finding]:
     """Every tier is one of the target's."""
-    for i in np.flatnonzero(c.is_move).tolist():
+    for i in places(c.is_move):
         node = c.nodes[i]
         tier = node.src if isinstance(node, KVFetch) else getattr(node, "to", DEVICE)
         if tier not in c.tier_index:
@@ -127,14 +127,13 @@ def known_tiers(c: Columns) -> Iterator[Finding]:
 
 def operand_counts(c: Columns) -> Iterator[Finding]:
     """A KV node has a prefix exactly when it starts after 0; moves have a source besides."""
-    inner = c.start > 0
-    on_device = inner & (c.tier == c.device)
-    fewest = np.select([c.is_forward | c.is_fetch, c.is_migrate], [inner, 1 + on_device], 1)
-    most = np.select([c.is_forward, c.is_fetch, c.is_migrate], [inner, 1 + inner, 1 + on_device], 1)
     count = c.operands.count
-    most = np.where(c.is_allreduce, np.maximum(count, 1), most)
-    fixed = c.is_forward | c.is_move | c.is_allreduce
-    for i in np.flatnonzero(fixed & ((count < fewest) | (count > most))).tolist():
+    inner = c.start > 0
+    wrong = c.is_forward & (count != inner)
+    wrong |= c.is_fetch & ((count < inner) | (count > 1 + inner))
+    wrong |= c.is_migrate & (count != 1 + (inner & (c.tier == c.device)))
+    wrong |= c.is_allreduce & (count < 1)
+    for i in places(wrong):
         yield Finding(_expected_operands(c.nodes[i], int(count[i])), i)
 
 
@@ -156,7 +155,7 @@ def operand_kinds(c: Columns) -> Iterator[Finding]:
     wrong_kv = c.is_kv[user] & ~c.is_kv[target]
     wrong_sum = c.is_allreduce[user] & ~c.is_forward[target]
     wrong = (wrong_kv | wrong_sum) & (target != NONE)
-    for edge in np.flatnonzero(wrong).tolist():
+    for edge in places(wrong):
         node, operand = c.nodes[user[edge]], c.nodes[target[edge]]
         wanted = "KV" if isinstance(node, KVNode) else "prefills and decodes"
         yield Finding(

@@ -140,9 +140,7 @@ class _Lowering:
         ]
         retained = self.pools.content()
         name, target = self.graph.name, self.graph.target
-        return ExecutionPlan(
-            name, target, tuple(requests), steps, resident, self.live, retained
-        )
+        return ExecutionPlan(name, target, tuple(requests), steps, resident, self.live, retained)
 
     def steps(self) -> Iterator[PlanStep]:
         """All steps, in order; once."""

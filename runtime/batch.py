@@ -78,12 +78,16 @@ class Batch:
         bound = max if self._outlast else min
         return min(self._target.max_loops, bound(self._ends.values()) - self._forwards)
 
-    def run(self, loops: int) -> list[str]:
-        """All rows advance; those that have their planned tokens leave."""
+    def run(self, loops: int) -> dict[str, int]:
+        """All rows advance; those that have their planned tokens leave.
+
+        Returns the rows that left, and how many of the forwards each ran for nothing.
+        """
         self._forwards += loops
-        if not self._ends or min(self._ends.values()) > self._forwards:
-            return []
-        ended = [name for name, end in self._ends.items() if end <= self._forwards]
+        now = self._forwards
+        if not self._ends or min(self._ends.values()) > now:
+            return {}
+        ended = {name: now - end for name, end in self._ends.items() if end <= now}
         for name in ended:
             self.leave(name)
         return ended

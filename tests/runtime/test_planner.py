@@ -215,7 +215,7 @@ def test_an_early_end_makes_room() -> None:
         [(0, request("a", [1] * 9, 60)), (0, request("b", [2] * 9, 40))], {"a": 3, "b": 5}
     )
     assert [r.generated for r in engine.report().requests] == [3, 5]
-    assert not planner._rows
+    assert not planner._steps.rows
 
 
 def test_an_answer_grows_beyond_what_was_reserved() -> None:

@@ -69,13 +69,13 @@ class Epochs:
 
         A prefill now, and another one for what comes during the next decode step, keep the rows of
         the batch waiting for one decision more, which costs about two forwards; a prefill after that
-        step keeps those that wait now waiting for the step. The larger sum of seconds decides.
+        step keeps those that could start now waiting for the step. The larger sum of seconds decides.
         """
         steps = self._steps
         if steps.under_way:
             return True
-        waiting = len(steps.requests.waiting) - len(self.hidden)
-        if waiting <= 0 or steps.full or self._seats() <= 0:
+        waiting = min(len(steps.requests.waiting) - len(self.hidden), self._seats())
+        if waiting <= 0 or steps.full:
             return False
         return not steps.rested or waiting * steps.target.max_loops >= 2 * len(steps.batch)
 

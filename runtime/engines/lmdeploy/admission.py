@@ -4,7 +4,7 @@ What is admitted must run: its blocks are in the trie before they are computed, 
 same forward can share them (a forward writes the KV of all rows before it reads any, layer by layer).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -75,7 +75,7 @@ class Admission:
             or seq._num_cross
             or seq._num_history_cross
         ]
-        if short:
+        if short and not self._extend(short, loops):
             members = {seq.seq_id for seq in seqs}
             for seq in short:
                 if self._room(seq, loops, members):
@@ -83,6 +83,22 @@ class Admission:
                 else:
                     self.refused.add(seq.seq_id)
         return [seq for seq in seqs if seq.seq_id not in self.refused] if self.refused else [*seqs]
+
+    def _extend(self, seqs: Sequence[Any], ahead: int) -> bool:
+        """Give all of them at once the blocks of some tokens more; False: that is not so easy."""
+        manager, size = self.scheduler.block_manager, self.kv.trie.block_size
+        if manager.num_cpu_blocks or any(seq._num_cross or seq._num_history_cross for seq in seqs):
+            return False
+        tables = [seq.logical_blocks for seq in seqs]
+        stops = [-(-(seq._num_history_ids + seq._num_token_ids + ahead) // size) for seq in seqs]
+        needed = [stop - table._num_real for stop, table in zip(stops, tables, strict=True)]
+        if sum(needed) > manager.get_num_free_gpu_blocks():
+            return False
+        blocks, at = manager.allocator.allocate(sum(needed)), 0
+        for table, count in zip(tables, needed, strict=True):
+            table.append(blocks[at : at + count])
+            at += count
+        return True
 
     def _run(self, seq: Any) -> None:
         self.scheduler.block_manager.allocate(seq, 0)
@@ -120,11 +136,19 @@ class PartialPrefills:
     answers that end into the trie, where the next turn of the conversation finds them.
 
     Wraps the engine's own; everything but `update_running` is the wrapped one's.
+
+    Args:
+        inner: the wrapped one.
+        admission: knows the partial rows.
+        told: called when the tokens of a forward have been taken in.
     """
 
-    def __init__(self, inner: Any, admission: Admission) -> None:
+    def __init__(
+        self, inner: Any, admission: Admission, told: Callable[[], None] = lambda: None
+    ) -> None:
         self._inner = inner
         self._admission = admission
+        self._told = told
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -151,6 +175,7 @@ class PartialPrefills:
             partial.discard(seq.seq_id)
             seq._num_history_ids += seq._num_token_ids
             seq._num_token_ids = len(seq.history_cache) - seq._num_history_ids
+        self._told()
 
 
 def group_rows(

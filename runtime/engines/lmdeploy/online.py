@@ -80,7 +80,7 @@ class OnlineSource:
         return self.planner.advance(self._answered)
 
     def ahead(self) -> PlanStep | None:
-        """The next prefill while one is in flight, or None: there is none, or it is not sure."""
+        """The next prefill while a step is in flight, or None: there is none, or it is not sure."""
         self._look()
         return self.planner.step_ahead()
 

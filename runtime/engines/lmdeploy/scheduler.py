@@ -17,14 +17,15 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import KVMove, PlanStep, PrefixGroup
+from sagellm_ir.lowering.plan import PlanStep, PrefixGroup
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, Requests
+from sagellm_ir.runtime.engines.lmdeploy.steps import Steps, named, only
+from sagellm_ir.runtime.engines.lmdeploy.view import Names, Requests
 from sagellm_ir.runtime.trace import Trace
 
 __all__ = ["PlanDriver"]
@@ -79,18 +80,20 @@ class PlanDriver:
         """Steps that LMDeploy scheduled by its own rules."""
         self._todo: deque[PlanStep] = deque()
         self._ready: PlanStep | None = None
-        self._prefilling = False
-        """Whether the last step was a prefill."""
+        self._until_compile = 0
+        """Forwards of the decodes in flight until what has come is compiled."""
         self._plain: list[Any] | None = None
         """The rows of a step in `_ready` that only decodes them."""
         self._last: tuple[list[Any], object, Any] = ([], None, None)
         """Rows and groups of the last decode step, and how they were ordered."""
         self._requests = Requests(self.scheduler, self.names)
-        self._seen: set[str] = set()
+        self._checks = Steps(self.scheduler, self._requests, self.names)
         self._blocks = PlanBlocks(self.kv)
         self._agreed: set[PrefixGroup] = set()
         """Groups whose rows were seen to hold equal blocks, while no sequence lost its blocks."""
-        engine.seq_strategy = PartialPrefills(engine.seq_strategy, self.admission)
+        engine.seq_strategy = PartialPrefills(
+            engine.seq_strategy, self.admission, self._forward_done
+        )
         self.scheduler.plan_source = self
 
     def detach(self) -> None:
@@ -110,18 +113,14 @@ class PlanDriver:
 
     def forget(self, request: str) -> None:
         """A request's id may be used again."""
-        self._seen.discard(request)
+        self._checks.seen.discard(request)
 
     # What the patched scheduler asks.
 
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
         self._ready = self._plain = None
-        if self._is_in_flight() and not self._prefilling:
-            if not self._todo and (prepare := getattr(self.source, "prepare", None)) is not None:
-                self._steps(prepare)
-            return False
-        self._seen.update(seen.id for seen in self._requests.refresh()[0])
+        self._checks.seen.update(seen.id for seen in self._requests.refresh()[0])
         if self._is_in_flight():
             return self._look_ahead()
         for _ in range(_MOVES_ONLY):
@@ -132,10 +131,10 @@ class PlanDriver:
             if self._is_plain(self._todo[0]):
                 self._ready = self._todo[0]
                 return False
-            if self._must_wait(self._todo[0]):
+            if self._checks.must_wait(self._todo[0]):
                 return False
-            self._todo.extendleft(reversed(self._parts(self._todo.popleft())))
-            if self._named(self._todo[0]):
+            self._todo.extendleft(reversed(self._checks.parts(self._todo.popleft())))
+            if named(self._todo[0]):
                 self._ready = self._todo[0]
                 return bool(self._ready.prefill)
             self._blocks.move(self._todo.popleft())
@@ -154,11 +153,11 @@ class PlanDriver:
         return self._plain is not None
 
     def _look_ahead(self) -> bool:
-        """Have the next prefill ready while one is in flight, if the source knows it already."""
+        """Have the next prefill ready while a step is in flight, if the source knows it already."""
         ahead = getattr(self.source, "ahead", None)
         if not self._todo and ahead is not None:
             self._todo.extend(self._steps(ahead))
-        if self._todo and self._todo[0].prefill and not self._must_wait(self._todo[0]):
+        if self._todo and self._todo[0].prefill and not self._checks.must_wait(self._todo[0]):
             self._ready = self._todo[0]
         return self._ready is not None
 
@@ -186,7 +185,7 @@ class PlanDriver:
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
         if not output.running:
             return
-        self._prefilling = is_prefill
+        self._until_compile = 0 if is_prefill else (output.loop_count or 1) // 2 + 1
         if output.loop_count is None:
             output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
         rows = len(output.running)
@@ -200,6 +199,19 @@ class PlanDriver:
             decode_tokens=self.stats.decode_tokens + (0 if is_prefill else tokens),
             moved_blocks=self.kv.counters.spilled + self.kv.counters.restored,
         )
+
+    def _forward_done(self) -> None:
+        """Tokens of a forward have come. In the middle of a decode decision LMDeploy has taken in
+        what is to run after it, and has nothing to do: that is the time to compile, not the next
+        decision."""
+        self._until_compile -= 1
+        prepare = getattr(self.source, "prepare", None)
+        if self._until_compile == 0 and prepare is not None:
+            asyncio.get_running_loop().call_soon(self._prepare, prepare)
+
+    def _prepare(self, prepare: Callable[[], None]) -> None:
+        if self.scheduler.plan_source is self and not self._todo:
+            self._steps(prepare)
 
     def _is_in_flight(self) -> bool:
         return not self.overlap and self.scheduler.num_locked() > 0
@@ -218,49 +230,24 @@ class PlanDriver:
             return []
         return [] if step is None else [step]
 
-    def _parts(self, step: PlanStep) -> list[PlanStep]:
-        """A step as LMDeploy can run it, which never mixes: its prefills, then its decodes.
-
-        A chunk of a request that decodes already (an online plan counts its answer as prompt) is a
-        decode of one token, or nothing when it would recompute what LMDeploy never dropped. Requests
-        that ended early are left out.
-        """
-        if not step.prefill and not any(map(self._is_over, step.decode)):
-            return [step]
-        chunks, decode = [], []
-        for chunk in step.prefill:
-            seq = self._sequence(chunk.request)
-            if self._is_over(chunk.request):
-                continue
-            if seq is None or seq.status != MessageStatus.RUNNING:
-                chunks.append(chunk)
-            elif chunk.stop >= seq.num_all_ids:
-                decode.append(chunk.request)
-        decode += [name for name in step.decode if not self._is_over(name)]
-        if chunks and decode:
-            first = evolve(step, prefill=tuple(chunks), decode=(), groups=())
-            return [first, evolve(step, prefill=(), kv=(), decode=tuple(decode), loops=1)]
-        loops = 1 if step.prefill else step.loops
-        return [evolve(step, prefill=tuple(chunks), decode=tuple(decode), loops=loops)]
-
     def _planned(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput | None:
         step = self._todo[0]
         plain = self._plain if step is self._ready and not is_prefill else None
         if plain is not None and 1 <= step.loops <= max(1, prealloc_size):
             self._todo.popleft()
             return self._run(step, dict(zip(step.decode, plain, strict=True)), is_prefill)
-        if step is not self._ready and self._must_wait(step):
+        if step is not self._ready and self._checks.must_wait(step):
             return _output([])
         if is_prefill != bool(step.prefill):
             # A planned prefill admitted nobody, and the engine asks for a decode instead.
             self._todo.popleft()
             return None
         self._todo.popleft()
-        if problem := self._problem(step, prealloc_size):
+        if problem := self._checks.problem(step, prealloc_size):
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
-        rows = {name: self._requests.found[name] for name in self._named(step)}
+        rows = {name: self._requests.found[name] for name in named(step)}
         return self._run(step, rows, is_prefill)
 
     def _run(
@@ -277,11 +264,11 @@ class PlanDriver:
                 self.rejected.append("there is no room for its rows")
                 return None
             left = {name for name, seq in seqs.items() if seq.seq_id in refused}
-            self._todo.appendleft(_only(step, left))
+            self._todo.appendleft(only(step, left))
         if not ran:
             return None
         for bind in step.binds:
-            self._blocks.bind(bind, self._sequence(bind.request))
+            self._blocks.bind(bind, self._requests.found.get(bind.request))
         if len(ran) < len(seqs):
             running = {seq.seq_id for seq in ran}
             seqs = {name: seq for name, seq in seqs.items() if seq.seq_id in running}
@@ -308,65 +295,6 @@ class PlanDriver:
             self._agreed.intersection_update(step.groups)
             self._last = (list(seqs.values()), step.groups, result)
         return result
-
-    def _must_wait(self, step: PlanStep) -> bool:
-        """Whether a request of the step is in flight or has not arrived, its moves are not safe, or
-        its prefills have no seats before rows in flight have ended."""
-        if locked := self.scheduler.num_locked():
-            rows = len(step.prefill) + self.scheduler.num_running() + locked
-            full = bool(step.prefill) and rows > self.scheduler.scheduler_config.max_batches
-            if full or any(isinstance(item, KVMove) for item in step.kv):
-                return True
-        for name in self._named(step):
-            seq = self._sequence(name)
-            if seq is not None:
-                if seq.status is MessageStatus.LOCKED:
-                    return True
-            elif self.names.session(name) is not None and not self._is_over(name):
-                return True
-        return False
-
-    def _problem(self, step: PlanStep, prealloc_size: int) -> str:
-        """What is wrong with a step, or nothing."""
-        names = self._named(step)
-        found = self._requests.found
-        rows = {name: found[name] for name in names if name in found}
-        if len(rows) < len(names):
-            unknown = [name for name in names if name not in found]
-            return f"unknown requests {unknown}" if unknown else "a request stands in it twice"
-        wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
-        for name, seq in rows.items():
-            if seq.status is not wanted:
-                return f"{name} is {seq.status.name}, not {wanted.name}"
-        scheduler = self.scheduler
-        taken = scheduler.num_running() + scheduler.num_locked() if step.prefill else 0
-        if len(names) + taken > scheduler.scheduler_config.max_batches:
-            return f"{len(names)} rows are more than the engine runs at once"
-        if not step.prefill:
-            most = max(1, prealloc_size)
-            return "" if 1 <= step.loops <= most else f"{step.loops} forwards; 1 to {most} can run"
-        tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
-        budget = scheduler.cache_config.max_prefill_token_num
-        if tokens > budget and len(names) > 1:
-            return f"{tokens} prompt tokens; the engine takes {budget}"
-        for chunk in step.prefill:
-            known = rows[chunk.request].num_all_ids
-            if not 0 <= chunk.start < chunk.stop <= known:
-                return (
-                    f"{chunk.request}[{chunk.start}:{chunk.stop}] is no span of its {known} tokens"
-                )
-        return ""
-
-    def _named(self, step: PlanStep) -> list[str]:
-        return [chunk.request for chunk in step.prefill] or list(step.decode)
-
-    def _sequence(self, name: str) -> Any:
-        return self._requests.found.get(name)
-
-    def _is_over(self, name: str) -> bool:
-        """Whether a request has ended, or was in the scheduler and left it."""
-        seq = self._requests.found.get(name)
-        return name in self._seen if seq is None else seq.status in ENDED
 
     # LMDeploy's own rules.
 
@@ -409,10 +337,3 @@ def _output(
     swap_out: dict[int, int] | None = None,
 ) -> SchedulerOutput:
     return SchedulerOutput(running, swap_in or {}, swap_out or {}, {})
-
-
-def _only(step: PlanStep, names: set[str]) -> PlanStep:
-    """What a step does for some of its requests, to be done after it."""
-    chunks = tuple(chunk for chunk in step.prefill if chunk.request in names)
-    decode = tuple(name for name in step.decode if name in names)
-    return evolve(step, kv=(), prefill=chunks, decode=decode)

@@ -13,6 +13,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.lowering.plan import PrefillChunk, PrefixGroup
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
+from sagellm_ir.runtime.engines.lmdeploy.prefixes import fetch, store
 
 __all__ = ["Admission", "PartialPrefills", "group_rows"]
 
@@ -43,7 +44,7 @@ class Admission:
         tokens = 0
         for seq, chunk in pairs:
             before = self.kv.snapshot(seq)
-            self.scheduler.block_trie.match(seq)
+            fetch(self.scheduler.block_trie, seq)
             known, computed = seq.num_all_ids, seq.num_history_ids
             wanted = (min(chunk.stop, known) if _can_split(seq) else known) - computed
             fits = not admitted or tokens + wanted <= budget
@@ -102,7 +103,7 @@ class Admission:
 
     def _run(self, seq: Any) -> None:
         self.scheduler.block_manager.allocate(seq, 0)
-        self.scheduler.block_trie.allocate(seq, replace=False)
+        store(self.scheduler.block_trie, seq)
         seq.status = MessageStatus.RUNNING
         seq.record_event(EventType.SCHEDULED)
 

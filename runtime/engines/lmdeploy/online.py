@@ -79,6 +79,10 @@ class OnlineSource:
                 self.planner.lost(seen.id, seq.num_new_tokens)  # LMDeploy needed its blocks
         return self.planner.advance(self._answered)
 
+    def observe(self) -> None:
+        """Take in what has come and ended, so that the next tick need not."""
+        self._look()
+
     def ahead(self) -> PlanStep | None:
         """The next prefill while a step is in flight, or None: there is none, or it is not sure."""
         self._look()

@@ -120,7 +120,7 @@ class PlanDriver:
     def decide_prefill(self) -> bool | None:
         """Whether the next step is a prefill; None leaves it to LMDeploy."""
         self._ready = self._plain = None
-        self._checks.seen.update(seen.id for seen in self._requests.refresh()[0])
+        self._refresh()
         if self._is_in_flight():
             return self._look_ahead()
         for _ in range(_MOVES_ONLY):
@@ -200,18 +200,26 @@ class PlanDriver:
             moved_blocks=self.kv.counters.spilled + self.kv.counters.restored,
         )
 
-    def _forward_done(self) -> None:
-        """Tokens of a forward have come. In the middle of a decode decision LMDeploy has taken in
-        what is to run after it, and has nothing to do: that is the time to compile, not the next
-        decision."""
-        self._until_compile -= 1
-        prepare = getattr(self.source, "prepare", None)
-        if self._until_compile == 0 and prepare is not None:
-            asyncio.get_running_loop().call_soon(self._prepare, prepare)
+    def _refresh(self) -> None:
+        come, _ = self._requests.refresh()
+        self._checks.seen.update([seen.id for seen in come])
 
-    def _prepare(self, prepare: Callable[[], None]) -> None:
-        if self.scheduler.plan_source is self and not self._todo:
-            self._steps(prepare)
+    def _forward_done(self) -> None:
+        """Tokens of a forward have come: let the source see who has ended, while the next one runs.
+
+        In the middle of a decode decision LMDeploy has taken in what is to run after it: that is
+        the time to compile, not the next decision.
+        """
+        self._until_compile -= 1
+        what = "observe" if self._until_compile else "prepare"
+        if (call := getattr(self.source, what, None)) is not None:
+            asyncio.get_running_loop().call_soon(self._between, call)
+
+    def _between(self, call: Callable[[], None]) -> None:
+        """Between decisions."""
+        if self.scheduler.plan_source is self:
+            self._refresh()
+            self._steps(call)
 
     def _is_in_flight(self) -> bool:
         return not self.overlap and self.scheduler.num_locked() > 0

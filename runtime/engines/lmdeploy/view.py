@@ -159,13 +159,20 @@ class Requests:
         """By sequence id, as of the last `refresh`."""
         self.found: dict[str, Any] = {}
         """Sequences by request, as of the last `refresh`."""
+        self._mark: tuple[int, int | None] = (0, None)
+        """How many sequences there were at the last `refresh`, and the last of them."""
 
     def refresh(self) -> tuple[list[_Live], list[_Live]]:
         """Look what has come and what has gone; costs as much as that and what waits."""
         manager = self._scheduler.seq_manager
         all_now, live = manager._seq_map, self.live
-        gone = [live.pop(number) for number in live.keys() - all_now.keys()]
-        new = sorted(all_now.keys() - live.keys())
+        gone, new = list[_Live](), list[int]()
+        # Sequences are numbered as they come: a newcomer is the last one.
+        mark = len(all_now), next(reversed(all_now), None)
+        if mark != self._mark:
+            self._mark = mark
+            gone += [live.pop(number) for number in live.keys() - all_now.keys()]
+            new += sorted(all_now.keys() - live.keys())
         for number, seq in manager.get_sequences(MessageStatus.WAITING).items():
             seen = live.get(number)
             if seen is not None and seen.start != seq.output_start_pos:  # the next turn

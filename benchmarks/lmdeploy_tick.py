@@ -4,8 +4,9 @@
 
 320 clients keep 256 requests running and up to 64 waiting: each sends its next request when its answer
 has ended (half share a prefix of 1024 tokens; answers of 64 to 512 tokens). "burst": the decisions of
-the first second, when all 320 come at once; "steady": those after it. "in flight": what is decided or
-compiled while a forward is under way, which delays nobody but a forward shorter than itself.
+the first second, when all 320 come at once; "steady": those after it. "blocking": the part of a
+decision while no forward is under way; the rest delays nobody but a forward shorter than itself.
+"outside": what was done between the decision before and this one, while forwards ran (compilations).
 Stock and ours alternate, in one process each; CPU time of the deciding thread. The executor is the
 tests', so that forwards cost nothing here.
 """
@@ -64,7 +65,8 @@ async def run(engine: Any, requests: int) -> dict[str, Any]:
             full["steady decode"].append(at)
     report: dict[str, Any] = {}
     for kind, where in {**full, "steady": full["steady decode"] + full["steady prefill"]}.items():
-        for name, times in (("", ticks.times), (", blocking", ticks.blocking)):
+        parts = {"": ticks.times, ", blocking": ticks.blocking, ", outside": ticks.outside}
+        for name, times in parts.items():
             report[kind + name] = figures([times[at] for at in where])
     loops = [step["loops"] for step in engine.executor.trace if step["decode"]]
     report["forwards of a decode decision"] = round(float(np.mean(loops)), 2)

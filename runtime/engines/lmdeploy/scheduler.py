@@ -80,8 +80,8 @@ class PlanDriver:
         """Steps that LMDeploy scheduled by its own rules."""
         self._todo: deque[PlanStep] = deque()
         self._ready: PlanStep | None = None
-        self._until_compile = 0
-        """Forwards of the decodes in flight until what has come is compiled."""
+        self._gathering = 0
+        """Forwards of the decodes in flight until LMDeploy has taken in what is to run after them."""
         self._plain: list[Any] | None = None
         """The rows of a step in `_ready` that only decodes them."""
         self._last: tuple[list[Any], object, Any] = ([], None, None)
@@ -185,7 +185,8 @@ class PlanDriver:
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
         if not output.running:
             return
-        self._until_compile = 0 if is_prefill else (output.loop_count or 1) // 2 + 1
+        # A prefill is one forward: what comes meanwhile is not waited for.
+        self._gathering = 2 if is_prefill else output.loop_count // 2 + 1
         if output.loop_count is None:
             output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
         rows = len(output.running)
@@ -207,16 +208,16 @@ class PlanDriver:
     def _forward_done(self) -> None:
         """Tokens of a forward have come: let the source see who has ended, while the next one runs.
 
-        In the middle of a decode decision LMDeploy has taken in what is to run after it: that is
-        the time to compile, not the next decision.
+        In the first half of a decode decision LMDeploy takes in what is to run after it. Then is the
+        time to compile, not in the next decision.
         """
-        self._until_compile -= 1
-        what = "observe" if self._until_compile else "prepare"
+        self._gathering -= 1
+        what = "observe" if self._gathering > 0 else "prepare"
         if (call := getattr(self.source, what, None)) is not None:
-            asyncio.get_running_loop().call_soon(self._between, call)
+            asyncio.get_running_loop().call_soon(self.between, call)
 
-    def _between(self, call: Callable[[], None]) -> None:
-        """Between decisions."""
+    def between(self, call: Callable[[], None]) -> None:
+        """Let the source do something between two decisions."""
         if self.scheduler.plan_source is self:
             self._refresh()
             self._steps(call)

@@ -15,7 +15,7 @@ from sagellm_ir.lowering.plan import PrefillChunk, PrefixGroup
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.prefixes import fetch, store
 
-__all__ = ["Admission", "PartialPrefills", "group_rows"]
+__all__ = ["Admission", "Agreed", "PartialPrefills", "group_rows"]
 
 
 class Admission:
@@ -51,7 +51,7 @@ class Admission:
             if wanted <= 0:  # the trie held all of this chunk
                 continue
             seq._num_token_ids = wanted
-            if not fits or not self._room(seq, 0, members):
+            if not fits or not self._fits(seq, members):
                 seq._num_token_ids = known - computed
                 self.kv.undo(seq, before)  # B4
                 self.refused.add(seq.seq_id)
@@ -101,8 +101,20 @@ class Admission:
             at += count
         return True
 
+    def _fits(self, seq: Any, members: set[int]) -> bool:
+        """Give a prefill row its blocks; False: there is no room."""
+        manager = self.scheduler.block_manager
+        if manager.num_cpu_blocks == 0:
+            needed = manager.num_required_blocks(seq, 0)
+            if needed <= manager.get_num_free_gpu_blocks():  # as nearly always
+                seq.logical_blocks.append(manager.allocator.allocate(needed))
+                return True
+        if not self._room(seq, 0, members):
+            return False
+        manager.allocate(seq, 0)
+        return True
+
     def _run(self, seq: Any) -> None:
-        self.scheduler.block_manager.allocate(seq, 0)
         store(self.scheduler.block_trie, seq)
         seq.status = MessageStatus.RUNNING
         seq.record_event(EventType.SCHEDULED)
@@ -179,8 +191,12 @@ class PartialPrefills:
         self._told()
 
 
+Agreed = dict[tuple[int, int, bytes], set[str]]
+"""By range of tokens and its blocks: the rows that were seen to hold them."""
+
+
 def group_rows(
-    here: Mapping[str, Any], groups: Iterable[PrefixGroup], agreed: set[PrefixGroup]
+    here: Mapping[str, Any], groups: Iterable[PrefixGroup], agreed: Agreed
 ) -> tuple[list[Any], list[tuple[int, int, int, int]]]:
     """Order rows so that every group's are adjacent; the groups as (first token, end, first row, rows).
 
@@ -190,38 +206,49 @@ def group_rows(
     Args:
         here: the step's sequences by request.
         groups: the plan's.
-        agreed: groups whose blocks need no second look; those found equal are added.
+        agreed: rows that need no second look; becomes those of this step.
     """
-    kept = []
+    kept, checked = list[tuple[PrefixGroup, list[str]]](), dict(agreed)
+    agreed.clear()
     for group in sorted(groups, key=lambda group: (group.start, group.stop)):
         members = [name for name in group.requests if name in here]
-        if len(members) > 1 and (
-            group in agreed or _agree([here[name] for name in members], group)
-        ):
-            agreed.add(group)
+        if len(members) < 2 or (blocks := _blocks(here[members[0]], group)) is None:
+            continue
+        key = group.start, group.stop, blocks
+        known = checked.get(key) or set[str]()
+        if all(_blocks(here[name], group) == blocks for name in members if name not in known):
+            agreed[key] = set(members)
             kept.append((group, members))
     if not kept:
         return list(here.values()), []
-    # Groups are a forest: sorting by the groups a row is in, outermost first, makes each a run.
-    places: dict[str, list[int]] = {name: [] for name in here}
-    for place, (_, members) in enumerate(kept):
-        for name in members:
-            places[name].append(place)
-    order = sorted(here, key=lambda name: places[name] or [len(kept)])
+    order = _by_group(here, kept)
     row = {name: at for at, name in enumerate(order)}
     table = [
-        (group.start, group.stop, min(row[name] for name in members), len(members))
+        (group.start, group.stop, min(map(row.__getitem__, members)), len(members))
         for group, members in kept
     ]
     return [here[name] for name in order], table
 
 
-def _agree(seqs: Sequence[Any], group: PrefixGroup) -> bool:
-    block_size = seqs[0].block_size
-    if group.start % block_size or group.stop % block_size:
-        return False
-    span = slice(group.start // block_size, group.stop // block_size)
-    if any(seq.logical_blocks._num_real < span.stop for seq in seqs):
-        return False
-    first = seqs[0].logical_blocks._blocks[span].tobytes()
-    return all(seq.logical_blocks._blocks[span].tobytes() == first for seq in seqs)
+def _by_group(here: Mapping[str, Any], kept: Sequence[tuple[PrefixGroup, list[str]]]) -> list[str]:
+    """The rows, those of each group next to each other. Groups are a forest, outermost first."""
+    last = len(kept)
+    if not any(group.start for group, _ in kept):  # none is inside another
+        inside = dict.fromkeys(here, last)
+        for place, (_, members) in enumerate(kept):
+            inside.update(dict.fromkeys(members, place))
+        return sorted(here, key=inside.__getitem__)
+    places: dict[str, list[int]] = {name: [] for name in here}
+    for place, (_, members) in enumerate(kept):
+        for name in members:
+            places[name].append(place)
+    return sorted(here, key=lambda name: places[name] or [last])
+
+
+def _blocks(seq: Any, group: PrefixGroup) -> bytes | None:
+    """The blocks of a group's range in a row's table; None: they are not full, or not there."""
+    size = seq.block_size
+    if group.start % size or group.stop % size or seq.logical_blocks._num_real * size < group.stop:
+        return None
+    blocks: bytes = seq.logical_blocks._blocks[group.start // size : group.stop // size].tobytes()
+    return blocks

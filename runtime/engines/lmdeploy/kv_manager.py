@@ -105,8 +105,8 @@ class KVManager:
         size = self.trie.block_size
         length = min((seq.num_valid_ids - 1) // size * size, trail.node.num_matched)
         differs = trail.tokens[:length] != seq.history_cache[:length]
-        common = int(differs.argmax()) if differs.any() else length
-        common -= common % size
+        common = int(differs.argmax()) if length else 0
+        common = length if length and not differs[common] else common // size * size
         node = trail.node
         while node.parent is not None and node.num_matched > common:
             node = node.parent

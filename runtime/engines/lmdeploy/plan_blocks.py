@@ -6,7 +6,7 @@ import numpy as np
 
 from sagellm_ir.lowering.plan import Bind, KVMove, PlanStep
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
-from sagellm_ir.target import DEVICE
+from sagellm_ir.target import DEVICE, HOST
 
 __all__ = ["PlanBlocks"]
 
@@ -16,13 +16,14 @@ class PlanBlocks:
 
     def __init__(self, kv: KVManager) -> None:
         self.kv = kv
-        self._own: dict[tuple[str, int], int] = {}
+        self._own: dict[str, dict[int, int]] = {DEVICE: {}, HOST: {}}
         """LMDeploy's logical block by tier and the plan's block."""
 
     def bind(self, bind: Bind, seq: Any) -> None:
         """Remember what stands for the blocks of a bind, after the sequence got its blocks."""
-        table = [] if seq is None else seq.logical_blocks.get_real_blocks()[bind.at :].tolist()
-        self._own.update({(DEVICE, b): own for b, own in zip(bind.blocks, table, strict=False)})
+        if seq is not None:
+            table = seq.logical_blocks.get_real_blocks()[bind.at : bind.at + len(bind.blocks)]
+            self._own[DEVICE].update(zip(bind.blocks, table.tolist(), strict=False))
 
     def move(self, step: PlanStep) -> None:
         """Do a step's moves. What it frees becomes the first victim: LMDeploy frees when it must.
@@ -33,16 +34,18 @@ class PlanBlocks:
             if isinstance(item, KVMove):
                 self._move(item)
                 continue
-            own = (self._own.pop((item.tier, block), None) for block in item.blocks)
-            self.kv.expendable.update(block for block in own if block is not None)
+            known = self._own[item.tier]
+            freed = [known.pop(block) for block in item.blocks if block in known]
+            self.kv.expendable.update(freed)
 
     def _move(self, move: KVMove) -> None:
+        known = self._own[move.from_tier]
         pairs = [
-            (self._own.pop((move.from_tier, src)), dst)
+            (known.pop(src), dst)
             for src, dst in zip(move.src, move.dst, strict=True)
-            if (move.from_tier, src) in self._own
+            if src in known
         ]
-        self._own.update({(move.to_tier, dst): own for own, dst in pairs})
+        self._own[move.to_tier].update({dst: own for own, dst in pairs})
         held = [own for own, _ in pairs if self._is_held(own)]
         if move.to_tier != DEVICE:
             self.kv.spill(held)

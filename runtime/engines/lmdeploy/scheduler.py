@@ -17,9 +17,14 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
-from sagellm_ir.lowering.plan import PlanStep, PrefixGroup
+from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
-from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills, group_rows
+from sagellm_ir.runtime.engines.lmdeploy.admission import (
+    Admission,
+    Agreed,
+    PartialPrefills,
+    group_rows,
+)
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
@@ -89,8 +94,8 @@ class PlanDriver:
         self._requests = Requests(self.scheduler, self.names)
         self._checks = Steps(self.scheduler, self._requests, self.names)
         self._blocks = PlanBlocks(self.kv)
-        self._agreed: set[PrefixGroup] = set()
-        """Groups whose rows were seen to hold equal blocks, while no sequence lost its blocks."""
+        self._agreed: Agreed = {}
+        """Of the last decode step, while no sequence has lost its blocks."""
         engine.seq_strategy = PartialPrefills(
             engine.seq_strategy, self.admission, self._forward_done
         )
@@ -146,7 +151,8 @@ class PlanDriver:
         if step.prefill or not step.decode or self.scheduler.num_locked():
             return False
         rows = list(map(self._requests.found.get, step.decode))
-        if not all(seq is not None and seq._status is MessageStatus.RUNNING for seq in rows):
+        running = MessageStatus.RUNNING
+        if [1 for seq in rows if seq is None or seq._status is not running]:
             return False
         if len(set(step.decode)) == len(rows) <= self.scheduler.scheduler_config.max_batches:
             self._plain = rows
@@ -185,10 +191,10 @@ class PlanDriver:
     def _count(self, output: SchedulerOutput, is_prefill: bool) -> None:
         if not output.running:
             return
-        # A prefill is one forward: what comes meanwhile is not waited for.
-        self._gathering = 2 if is_prefill else output.loop_count // 2 + 1
         if output.loop_count is None:
             output.loop_count = self.engine.engine_strategy.get_num_loops(not is_prefill)
+        # A prefill is one forward: what comes meanwhile is not waited for.
+        self._gathering = 2 if is_prefill else output.loop_count // 2 + 1
         rows = len(output.running)
         tokens = sum(seq.num_token_ids for seq in output.running) if is_prefill else rows
         tokens *= output.loop_count
@@ -299,9 +305,8 @@ class PlanDriver:
         if step.groups is groups and rows == list(seqs.values()):
             ordered, table = found
             return ordered, table
-        result = group_rows(seqs, step.groups, self._agreed)
+        result = group_rows(seqs, step.groups, self._agreed if step.decode else {})
         if step.decode:
-            self._agreed.intersection_update(step.groups)
             self._last = (list(seqs.values()), step.groups, result)
         return result
 

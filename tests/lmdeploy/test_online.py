@@ -102,3 +102,41 @@ def test_the_next_turn_finds_the_answer_of_the_turn_before() -> None:
     assert source.planner.plan is not None
     [chunk] = source.planner.plan.steps[0].prefill
     assert chunk.start == history  # The planner knew.
+
+
+def test_prefills_are_decided_while_decodes_run_and_compiled_between_decisions() -> None:
+    """Full seats, and more waiting: a decision takes a compiled step, and keeps no forward waiting."""
+    eng = engine(num_gpu_blocks=1024, max_batch_size=8)
+    source = drive(eng).source
+    assert isinstance(source, OnlineSource)
+    scheduler, planner = eng.scheduler, source.planner
+    decide, schedule = scheduler.plan_source.decide_prefill, scheduler.schedule
+    compiled, beside = [], []
+
+    def decided() -> Any:
+        before = planner.epochs
+        prefill = decide()
+        compiled.append(planner.epochs - before)
+        return prefill
+
+    def scheduled(is_prefill: bool, prealloc_size: int) -> Any:
+        in_flight = scheduler.num_locked()
+        output = schedule(is_prefill, prealloc_size)
+        if is_prefill and output.running:
+            beside.append(in_flight)
+        return output
+
+    scheduler.plan_source.decide_prefill, scheduler.schedule = decided, scheduled
+    prompts = [[*SHARED, *[number + 3] * 40] for number in range(32)]
+
+    async def work() -> list[list[int]]:
+        asks = [ask(eng, n + 1, prompt, 30 + 5 * (n % 4)) for n, prompt in enumerate(prompts)]
+        return await asyncio.gather(*asks)
+
+    answers = run(work)
+    assert answers == [oracle(prompt, 30 + 5 * (n % 4)) for n, prompt in enumerate(prompts)]
+    assert planner.epochs > 4
+    assert sum(compiled) == 1  # of those that came first, when nothing ran yet
+    assert len(beside) > 4
+    assert not beside[0]
+    assert all(beside[1:])

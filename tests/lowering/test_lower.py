@@ -11,6 +11,7 @@ from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.lowering import lower
 from sagellm_ir.lowering.allocator import BlockPool
+from sagellm_ir.lowering.lower import lower_steps
 from sagellm_ir.lowering.plan import (
     Bind,
     ExecutionPlan,
@@ -280,6 +281,7 @@ def test_every_plan_is_legal_and_repeatable(scheduled: IRGraph) -> None:
     plan = lower(scheduled)
     verify_plan(plan)
     assert plan == lower(scheduled)
+    assert plan.steps == tuple(lower_steps(scheduled))
     verify_plan(lower(scheduled, retain=True))
 
 

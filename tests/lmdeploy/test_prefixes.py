@@ -1,0 +1,89 @@
+"""Prefixes under a plan: what LMDeploy's own trie would do, with fewer steps."""
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.engines.lmdeploy.admission import Agreed, group_rows
+from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
+from sagellm_ir.runtime.engines.lmdeploy.prefixes import fetch, store
+from tests.lmdeploy.cpu import BLOCK, add, blocks_of, scheduler, stop
+
+
+def nodes(node: Any) -> Any:
+    """A trie below a node: keys, blocks and tokens."""
+    return {
+        key: (child.block, child.num_matched, child.tokens.tolist(), nodes(child))
+        for key, child in node.children.items()
+    }
+
+
+def admitted(prompts: list[list[int]], ours: bool) -> Any:
+    """The trie, references, leaves and tables after prompts were admitted; every third has ended."""
+    sched = scheduler(blocks=256)
+    kv = KVManager(sched)
+    trie, tables = sched.block_trie, []
+    for number, prompt in enumerate(prompts):
+        kv._trail = None
+        seq = add(sched, number + 1, prompt)
+        fetch(trie, seq) if ours else trie.match(seq)
+        sched.block_manager.allocate(seq, 0)
+        store(trie, seq) if ours else trie.allocate(seq, replace=False)
+        tables.append((blocks_of(seq), seq.num_history_ids))
+        if number % 3 == 0:
+            stop(seq)
+            sched.end_session(number + 1)
+    leaves = sorted(leaf.block for leaf in trie.leaves)
+    counts = sched.block_manager.allocator._log_mem.ref_count.tolist()
+    return nodes(trie.get_root(None)), leaves, counts, tables, kv.counters
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5 * BLOCK), st.integers(0, 3))))
+@settings(deadline=None, max_examples=60)
+def test_prefixes_are_fetched_and_stored_as_lmdeploy_does(
+    shapes: list[tuple[int, int, int]],
+) -> None:
+    prompts = [[first] * length + [9] * (more * BLOCK) for first, length, more in shapes]
+    assert admitted(prompts, ours=True) == admitted(prompts, ours=False)
+
+
+def rows_of(prefixes: list[int]) -> tuple[Any, dict[str, Any]]:
+    """Sequences r0, r1, ... whose first two blocks are those of a prefix."""
+    sched = scheduler()
+    KVManager(sched)
+    here = {}
+    for number, prefix in enumerate(prefixes):
+        seq = add(sched, number + 1, [prefix] * 2 * BLOCK + [number + 50] * 3)
+        fetch(sched.block_trie, seq)
+        sched.block_manager.allocate(seq, 0)
+        store(sched.block_trie, seq)
+        here[f"r{number}"] = seq
+    return sched, here
+
+
+def test_groups_of_equal_range_are_told_apart_also_when_their_rows_change() -> None:
+    _, here = rows_of([1, 2, 1, 2, 1])
+    agreed: Agreed = {}
+    for left in (set[str](), {"r0"}, {"r3"}):
+        some = {name: seq for name, seq in here.items() if name not in left}
+        ones = tuple(name for name in ("r0", "r2", "r4") if name in some)
+        twos = tuple(name for name in ("r1", "r3") if name in some)
+        groups = [PrefixGroup(0, 2 * BLOCK, ones), PrefixGroup(0, 2 * BLOCK, twos)]
+        ordered, table = group_rows(some, groups, agreed)
+        assert ordered == [here[name] for name in (*ones, *twos)]
+        wanted = [(0, 2 * BLOCK, 0, len(ones)), (0, 2 * BLOCK, len(ones), len(twos))]
+        assert table == [entry for entry in wanted if entry[3] > 1]
+
+
+def test_a_row_that_left_a_group_is_looked_at_again() -> None:
+    """Its name may be that of another request by then."""
+    _, here = rows_of([1, 1, 1, 2])
+    agreed: Agreed = {}
+    for names, grouped in (("r0 r1 r2", 3), ("r0 r1", 2), ("r0 r1 r2", 0)):
+        some = {name: here[name] for name in names.split()}
+        if not grouped:
+            some["r2"] = here["r3"]
+        _, table = group_rows(some, [PrefixGroup(0, 2 * BLOCK, tuple(some))], agreed)
+        assert [count for *_, count in table] == ([grouped] if grouped else [])

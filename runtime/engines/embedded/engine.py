@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from functools import partial
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVFree, KVMove, PlanRequest, PlanStep
@@ -31,6 +31,7 @@ from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
 from sagellm_ir.runtime.engines.embedded.transfer import pack, unpack
+from sagellm_ir.runtime.engines.embedded.work import Work, ordered
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
 from sagellm_ir.runtime.protocols import (
     DEVICE_KINDS,
@@ -43,21 +44,6 @@ from sagellm_ir.runtime.trace import Trace, TraceRow
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["EmbeddedEngine"]
-
-
-@frozen
-class _Work:
-    """A row of one forward: tokens `[start, stop)` of a sequence."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    decode: bool
-
-    @property
-    def yields(self) -> bool:
-        """Whether it reaches the last token known, so that its logits give the next one."""
-        return self.stop == len(self.sequence.tokens) and not self.sequence.finish
 
 
 class EmbeddedEngine:
@@ -247,7 +233,7 @@ class EmbeddedEngine:
             self.trace.moved(worker.name, item)
         return len(item.src)
 
-    def _work(self, step: PlanStep) -> list[_Work]:
+    def _work(self, step: PlanStep) -> list[Work]:
         """The rows of the next forward of a step."""
         work = []
         for chunk in step.prefill:
@@ -259,18 +245,18 @@ class EmbeddedEngine:
                         f"{chunk.request!r}, which has {len(sequence.tokens)}"
                     )
                 )
-            work.append(_Work(sequence, chunk.start, chunk.stop, False))
+            work.append(Work(sequence, chunk.start, chunk.stop, False))
         for name in step.decode:
             sequence = self._sequence(name)
             if not sequence.finish:
                 end = len(sequence.tokens)
-                work.append(_Work(sequence, end - 1, end, True))
+                work.append(Work(sequence, end - 1, end, True))
         return work
 
-    def _forward(self, step: PlanStep, worker: WorkerMemory, work: list[_Work]) -> list[TokenEvent]:
+    def _forward(self, step: PlanStep, worker: WorkerMemory, work: list[Work]) -> list[TokenEvent]:
         """One forward and its tokens."""
         start = time.perf_counter()
-        work.sort(key=lambda row: self._order(worker, row))
+        work = ordered(step, worker, work)
         batch = self._batch(step, worker, work)
         logits = self.model.forward(batch, worker.pool.layers)
         if self.trace is not None:
@@ -289,12 +275,7 @@ class EmbeddedEngine:
         )
         return [sequence.push(*one) for sequence, one in zip(yielding, drawn, strict=True)]
 
-    def _order(self, worker: WorkerMemory, row: _Work) -> tuple[bool, int]:
-        """Chunks first, then decode rows by place in memory: neighbours share attention calls."""
-        table = worker.table(row.sequence.request.id, row.stop)
-        return row.decode, table.slot(row.start) if row.decode else 0
-
-    def _batch(self, step: PlanStep, worker: WorkerMemory, work: list[_Work]) -> Batch:
+    def _batch(self, step: PlanStep, worker: WorkerMemory, work: list[Work]) -> Batch:
         """Everything the layers share: ids, positions, slots, attention parts."""
         device = self.model.device
         ids: list[int] = []
@@ -324,7 +305,7 @@ class EmbeddedEngine:
         slots = worker.pool.capacity[DEVICE] * worker.pool.block_size
         return partial(paged_attention, parts=plan_parts(rows, shared, slots, self.model.device))
 
-    def _shared(self, step: PlanStep, work: list[_Work], rows: list[Row]) -> list[SharedSpan]:
+    def _shared(self, step: PlanStep, work: list[Work], rows: list[Row]) -> list[SharedSpan]:
         """A step's prefix groups, by row; checked, since a wrong one reads another's KV."""
         place = {item.sequence.request.id: i for i, item in enumerate(work)}
         shared = []
@@ -366,7 +347,7 @@ class EmbeddedEngine:
         self._stats = evolve(self._stats, **now)
 
 
-def _traced(trace: Trace, worker: WorkerMemory, work: list[_Work]) -> Iterator[TraceRow]:
+def _traced(trace: Trace, worker: WorkerMemory, work: list[Work]) -> Iterator[TraceRow]:
     for row in work:
         name = row.sequence.request.id
         blocks = trace.cut(worker.tables[name].blocks, row.stop)

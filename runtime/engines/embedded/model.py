@@ -51,15 +51,15 @@ def _layer(config: ModelConfig, take: Callable[[str], Tensor], prefix: str) -> _
     attention = prefix + "self_attn."
     return _Layer(
         take(prefix + "input_layernorm.weight"),
-        torch.cat([take(f"{attention}{part}_proj.weight") for part in "qkv"]),
+        ops.pack(torch.cat([take(f"{attention}{part}_proj.weight") for part in "qkv"])),
         torch.cat([take(f"{attention}{part}_proj.bias") for part in "qkv"])
         if config.qkv_bias
         else None,
-        take(attention + "o_proj.weight"),
+        ops.pack(take(attention + "o_proj.weight")),
         take(prefix + "post_attention_layernorm.weight"),
-        take(prefix + "mlp.gate_proj.weight"),
-        take(prefix + "mlp.up_proj.weight"),
-        take(prefix + "mlp.down_proj.weight"),
+        ops.pack(take(prefix + "mlp.gate_proj.weight")),
+        ops.pack(take(prefix + "mlp.up_proj.weight")),
+        ops.pack(take(prefix + "mlp.down_proj.weight")),
     )
 
 
@@ -86,7 +86,7 @@ class CausalLM:
         self._embedding = take("model.embed_tokens.weight")
         self._layers = [_layer(config, take, f"model.layers.{i}.") for i in range(config.layers)]
         self._norm = take("model.norm.weight")
-        self._head = self._embedding if config.tied else take("lm_head.weight")
+        self._head = ops.pack(self._embedding if config.tied else take("lm_head.weight"))
         self._frequencies = torch.tensor(config.rope_frequencies(), device=self.device)
 
     @property

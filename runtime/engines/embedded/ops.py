@@ -2,6 +2,7 @@
 
 On a CPU, oneDNN's linear (`torch.ops.mkldnn._linear_pointwise`, what torch's own compiler emits) is
 about twice as fast in float32 as the BLAS behind `F.linear`, and takes SiLU, product and sum along.
+Weights that are laid out for it beforehand (`pack`) are not laid out again in each call.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend", "linear", "linear_add", "linear_mul", "linear_silu", "rotate"]
+__all__ = ["attend", "linear", "linear_add", "linear_mul", "linear_silu", "pack", "rotate"]
 
 
 def _onednn(name: str) -> Any:
@@ -24,10 +25,24 @@ def _onednn(name: str) -> Any:
 _UNARY = _onednn("default")
 _BINARY = _onednn("binary")
 _FUSED_TYPES = (torch.float32, torch.bfloat16)
+_PACK_ROWS = 64
+"""Rows of a product that weights are laid out for. Measured in float32 on 2 cores of an AMD EPYC:
+1.1 to 1.2 times as fast with 64 rows, 1.5 with 16; as fast as before with 1 and with 2048."""
 
 
 def _fused(x: Tensor) -> bool:
     return _BINARY is not None and x.device.type == "cpu" and x.dtype in _FUSED_TYPES
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight as the products below like it best. What comes back is good for nothing else."""
+    if not _fused(weight):
+        return weight
+    try:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    except (AttributeError, RuntimeError):
+        return weight
+    return packed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -32,6 +32,8 @@ class Shelf:
         """Cached content, least recently used first."""
         self.freed: list[int] = []
         """Blocks given back since the engine was told last."""
+        self.evicted = 0
+        """Cached blocks that gave way to new content so far."""
         self.below: Shelf | None = None
         """Where what gives way is kept."""
         self.spilled: list[tuple[int, int]] = []
@@ -47,6 +49,7 @@ class Shelf:
         short = count - self._pool.free_blocks
         for content in list(islice(self._idle, max(short, 0))):
             del self._idle[content]
+            self.evicted += 1
             block = self.block_of.pop(content)
             del self.content_of[block]
             place = None if self.below is None else self.below._keep(content)

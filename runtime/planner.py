@@ -101,6 +101,11 @@ class OnlinePlanner:
         newest = self._epochs.newest
         return None if newest is None else newest()
 
+    @property
+    def evicted(self) -> int:
+        """Cached device blocks that gave way to new content so far."""
+        return self._ledger[DEVICE].evicted
+
     def submit(self, request: PlanRequest, tokens: Sequence[int] | None = None) -> None:
         """Make a request known; it is planned from the next step on. The engine must know it too.
 

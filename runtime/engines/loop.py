@@ -234,7 +234,9 @@ class EngineLoop:
         self._schedule(step)
         events = self._backend.step(step)
         made = [event for event in events if event.token is not None]
-        self._meter.step(step, len(made), self._planner.epochs, self._backend.stats())
+        planner = self._planner
+        stats = self._backend.stats()
+        self._meter.step(step, len(made), planner.epochs, planner.evicted, stats)
         self._deliver(made)
         return True
 

@@ -45,9 +45,10 @@ class Metrics:
     prefix_hit_rate: float = 0.0
     """Share of the prompt tokens that were not computed."""
     evict_count: int = 0
-    """Blocks moved out of the device tier to make room."""
+    """Device blocks that gave way: cached ones that were dropped, and those that a plan moved out. Of a
+    request: of all requests' blocks, from its first step to its end."""
     evict_ms: float = 0.0
-    """Time spent moving blocks, both ways."""
+    """Time spent moving blocks, both ways; of a request as `evict_count`."""
 
 
 @frozen
@@ -84,6 +85,10 @@ class Timing:
     first: float | None = None
     last: float | None = None
     generated: int = 0
+    evicted: int = 0
+    """What the engine had evicted before the first step."""
+    move_seconds: float = 0.0
+    """What it had spent on moves before it."""
 
     def token(self, now: float) -> None:
         """Note one more token."""
@@ -120,12 +125,14 @@ class Meter:
         self._load = Load(kv_capacity_blocks=_blocks(target))
         self._recent: deque[Metrics] = deque(maxlen=_RECENT)
         self._made: deque[tuple[float, int]] = deque(maxlen=_RECENT)
-        self._spilled = 0
+        self._spilled = self._dropped = 0
         self._stats = EngineStats()
         self._view = EngineView()
 
-    def step(self, step: PlanStep, tokens: int, epochs: int, stats: EngineStats) -> None:
-        """Note a step that has run."""
+    def step(
+        self, step: PlanStep, tokens: int, epochs: int, dropped: int, stats: EngineStats
+    ) -> None:
+        """Note a step that has run; `epochs` and `dropped` blocks are the planner's totals."""
         spilled = sum(
             len(move.src)
             for move in step.kv
@@ -133,6 +140,7 @@ class Meter:
         )
         with self._lock:
             self._spilled += spilled
+            self._dropped = dropped
             self._stats = stats
             self._made.append((time.perf_counter(), tokens))
             self._load = evolve(
@@ -143,8 +151,10 @@ class Meter:
             )
 
     def started(self, timing: Timing) -> None:
-        """Note a request's first step."""
+        """Note a request's first step, which has not run yet."""
         with self._lock:
+            timing.evicted = self._spilled + self._dropped
+            timing.move_seconds = self._stats.move_seconds
             load = self._load
             self._load = evolve(
                 load,
@@ -156,6 +166,12 @@ class Meter:
         """Note a request's end (`finished`, `aborted` or `failed`); its figures."""
         found = timing.metrics(self._target.model.kv_bytes_per_token)
         with self._lock:
+            if timing.scheduled is not None:
+                found = evolve(
+                    found,
+                    evict_count=self._spilled + self._dropped - timing.evicted,
+                    evict_ms=1e3 * (self._stats.move_seconds - timing.move_seconds),
+                )
             self._load = evolve(self._load, **{outcome: getattr(self._load, outcome) + 1})
             if outcome == "finished":
                 self._recent.append(found)
@@ -181,7 +197,7 @@ class Meter:
         load = self.load()
         with self._lock:
             recent, made = list(self._recent), list(self._made)
-            spilled, stats = self._spilled, self._stats
+            evicted, stats = self._spilled + self._dropped, self._stats
         seconds = time.perf_counter() - made[0][0] if made else 0.0
         used = load.kv_used_blocks * self._target.block_size
         return Metrics(
@@ -195,7 +211,7 @@ class Meter:
             kv_used_tokens=used,
             kv_used_bytes=used * self._target.model.kv_bytes_per_token,
             prefix_hit_rate=load.cached_tokens / max(1, load.prompt_tokens),
-            evict_count=spilled,
+            evict_count=evicted,
             evict_ms=1e3 * stats.move_seconds,
         )
 

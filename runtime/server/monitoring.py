@@ -47,7 +47,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"sagellm_{name}", help_, getattr(load, name))
         for name, help_ in _COUNTERS.items():
             yield CounterMetricFamily(f"sagellm_{name}", help_, getattr(load, name))
-        evicted = "Blocks moved out of the device tier"
+        evicted = "Device blocks that gave way: cached ones dropped, others moved out"
         yield CounterMetricFamily("sagellm_evicted_blocks", evicted, metrics.evict_count)
         yield GaugeMetricFamily(
             "sagellm_throughput_tokens_per_second", "Of late", metrics.throughput_tps

@@ -13,7 +13,7 @@ from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.runtime.control_plane.attach import ENGINES, Attachment, EngineRecord, Figures
 from sagellm_ir.runtime.control_plane.fleet import Fleet
 from sagellm_ir.runtime.control_plane.remote import RemoteEngine, engine_url
-from tests.control_plane.test_gateways import BOTH, Gateway, engine, serve
+from tests.control_plane.gateways import BOTH, Gateway, engine, serve
 from tests.control_plane.tiny_fleet import MODEL, eventually
 
 BUSY = Figures(2, 1, 64, 128)

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 
 from sagellm_ir.runtime.control_plane.attach import Attachment, EngineRecord
 from sagellm_ir.runtime.control_plane.packages import have
-from tests.control_plane.test_gateways import Gateway, engine, serve
+from tests.control_plane.gateways import Gateway, engine, serve
 from tests.control_plane.test_in_process import control_plane, protocol_request
 from tests.control_plane.tiny_fleet import MODEL, chat, expected
 

@@ -174,6 +174,22 @@ def test_a_temperature_near_zero_is_greedy(make: Make, temperature: float) -> No
     asyncio.run(main())
 
 
+def test_evictions_are_counted_for_whom_they_hit(make: Make) -> None:
+    rng = random.Random(8)
+
+    async def main() -> None:
+        engine = make()
+        first = await engine.execute(ask("first", numbers(rng, 18)))
+        await settled(engine)
+        cached = engine.load().kv_held_blocks
+        assert cached == (18 + 6 - 1) // BLOCK
+        large = await engine.execute(ask("large", numbers(rng, BLOCKS * BLOCK - 8), 8))
+        assert [r.metrics.evict_count for r in (first, large)] == [0, cached]
+        assert engine.metrics().evict_count == cached
+
+    asyncio.run(main())
+
+
 def test_tenants_and_adapters_do_not_share(make: Make) -> None:
     async def main() -> None:
         engine, prompt = make(), numbers(random.Random(1), 20)

@@ -15,6 +15,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 
 import torch
 from attrs import frozen
@@ -33,9 +34,9 @@ def pages(first: int, count: int = 12) -> str:
     )
 
 
-DOCUMENT = pages(0)
-OTHERS = tuple(map(pages, (30, 50, 70)))
-"""Asked about first where there is a GPU: its kernels are compiled when a batch first needs them."""
+DOCUMENTS = tuple(map(pages, range(0, 100, 20)))
+"""One round of questions about each. A CPU has only the first; a GPU compiles kernels when a batch first
+needs them, in some of the rounds, so that medians of the rounds are shown."""
 ASKED = (
     "the wind",
     "the waves",
@@ -73,8 +74,8 @@ def ask(client: UnifiedInferenceClient, model: str, document: str, topic: str) -
     return Timed("".join(pieces), len(pieces), first, time.perf_counter() - began)
 
 
-def measure(url: str, model: str, backend: str, pipeline: str) -> list[Timed]:
-    """Start an engine, let it register, chat through the gateway, and stop it."""
+def measure(url: str, model: str, backend: str, pipeline: str) -> list[list[Timed]]:
+    """Start an engine, let it register, chat through the gateway, and stop it; the answers of each round."""
     words = ("--backend", backend, "--pipeline", pipeline, "--gateway", url)
     engine = sagellm("llm", "engine", "start", model, *words)
     try:
@@ -84,17 +85,16 @@ def measure(url: str, model: str, backend: str, pipeline: str) -> list[Timed]:
             console.print(f"{pipeline}: the gateway knows {known}")
             warm = client.chat([{"role": "user", "content": "Hi"}], name, max_tokens=4)
             assert warm["choices"]
-            for document in (*(OTHERS if torch.cuda.is_available() else ()), DOCUMENT):
-                answers = list(pool.map(partial(ask, client, name, document), ASKED))
-            return answers
+            rounds = DOCUMENTS if torch.cuda.is_available() else DOCUMENTS[:1]
+            return [list(pool.map(partial(ask, client, name, text), ASKED)) for text in rounds]
     finally:
         sagellm("llm", "engine", "stop", engine["engine_id"])
 
 
-def show(label: str, answers: list[Timed]) -> None:
-    first = statistics.fmean(a.first for a in answers)
-    each = statistics.fmean(a.each for a in answers)
-    whole = max(a.whole for a in answers)
+def show(label: str, rounds: list[list[Timed]]) -> None:
+    first = statistics.median(statistics.fmean(a.first for a in answers) for answers in rounds)
+    each = statistics.median(statistics.fmean(a.each for a in answers) for answers in rounds)
+    whole = statistics.median(max(a.whole for a in answers) for answers in rounds)
     console.print(
         f"  {label:<9} TTFT {1e3 * first:7.0f} ms   TPOT {1e3 * each:6.1f} ms   all {whole:5.1f} s"
     )
@@ -124,9 +124,10 @@ def main() -> None:
     console.rule(f"{len(ASKED)} questions at once about one document", align="left")
     show("planned", planned)
     show("baseline", baseline)
-    same = sum(a.text == b.text for a, b in zip(planned, baseline, strict=True))
-    console.print(f"  {same} of {len(ASKED)} answers are the same text")
-    console.print(f"  {planned[0].text!r}", markup=False)
+    pairs = list(zip(chain(*planned), chain(*baseline), strict=True))
+    same = sum(a.text == b.text for a, b in pairs)
+    console.print(f"  {same} of {len(pairs)} answers are the same text")
+    console.print(f"  {planned[0][0].text!r}", markup=False)
 
 
 if __name__ == "__main__":

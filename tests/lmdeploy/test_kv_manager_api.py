@@ -158,6 +158,16 @@ def test_a_full_exchange_through_the_cache_engine(monkeypatch: pytest.MonkeyPatc
             assert content == [4, 1, 0, 13]
 
 
+def test_more_blocks_than_one_copy_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All leave, and come back in the opposite order."""
+    count = 37
+    cache = cache_engine(monkeypatch, device=count, host=count)
+    cache_swapping(cache, {}, {at: count - 1 - at for at in range(count)})
+    cache_swapping(cache, {at: at for at in range(count)}, {})
+    for device in cache.full_gpu_cache:
+        assert (device[1, :, 0, 0, 0] == torch.arange(count - 1, -1, -1)).all()
+
+
 def test_a_block_of_the_host_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one copy moves it; and LMDeploy's list of layers is of the same memory."""
     cache = cache_engine(monkeypatch)

@@ -6,12 +6,14 @@ fragment's block numbers by the engine's, step by step, as the steps are given o
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from attrs import define, evolve, field, frozen
 
+from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.graph import CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.lowering.lower import lower, lower_steps
 from sagellm_ir.lowering.plan import (
@@ -28,7 +30,7 @@ from sagellm_ir.nodes.allreduce import collective
 from sagellm_ir.runtime.ledger import Ledger
 from sagellm_ir.target import DEVICE, Target
 
-__all__ = ["Fragment", "Held", "assemble"]
+__all__ = ["Fragment", "Held", "assemble", "warm_up"]
 
 
 @frozen
@@ -170,6 +172,27 @@ def assemble(
     steps = takewhile(_is_first, lower_steps(graph, **made))
     known = {decl.id: decl for decl in decls}
     return Fragment(partial(lower, graph, **made), tuple(steps), ledger, known, blocks)
+
+
+def warm_up(target: Target, compiler: Callable[[IRGraph], IRGraph]) -> None:
+    """Compile two small requests that share a prefix, for nothing: the first compilation of a process
+    takes eight times as long as the next, for modules that it loads and what Python learns.
+
+    What is wrong with passes or target is left for the compilation of real requests to say.
+    """
+    size = target.block_size
+    decls = [
+        RequestDecl(f"warm-up{number}", max_new_tokens=2, prompt_len=2 * size + 1, blocks=(0, number))
+        for number in (1, 2)
+    ]
+    ledger = Ledger(target)
+    with suppress(SageIRError):
+        device = ledger[DEVICE]
+        if device.room >= 8:
+            taken = device.take(1)
+            device.write(taken[0], 0)
+            device.drop(taken)
+        assemble("warm-up", target, decls, (), ledger, compiler)
 
 
 def _is_first(step: PlanStep) -> bool:

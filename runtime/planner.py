@@ -21,6 +21,7 @@ from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.runtime.backend import EngineView
 from sagellm_ir.runtime.batch import Batch
 from sagellm_ir.runtime.epochs import Epochs
+from sagellm_ir.runtime.fragment import warm_up
 from sagellm_ir.runtime.ledger import Ledger
 from sagellm_ir.runtime.requests import Requests
 from sagellm_ir.runtime.steps import Steps
@@ -86,6 +87,7 @@ class OnlinePlanner:
         self._steps = Steps(target, self._requests, self._ledger, Batch(target, outlast))
         self._epochs = Epochs(self._steps, passes, reserve, window)
         self._issued = 0
+        warm_up(target, passes.run)
 
     @property
     def epochs(self) -> int:

@@ -137,13 +137,13 @@ def test_a_trail_is_what_the_match_finds(common: int, evicted: int) -> None:
         kv = KVManager(sched)
         one = add(sched, 1, first)
         prefill(sched)
-        assert kv._trail is not None
+        assert kv._trails
         stop(one)
         sched.end_session(1)
         if evicted:
             sched.block_trie.evict(evicted)
         if not trailing:
-            kv._trail = None
+            kv._trails.clear()
         seq = add(sched, 2, [*first[:common], *[9999] * (7 * BLOCK - common)])
         sched.block_trie.match(seq)
         counts = sched.block_manager.allocator._log_mem.ref_count

@@ -26,7 +26,7 @@ def admitted(prompts: list[list[int]], ours: bool) -> Any:
     kv = KVManager(sched)
     trie, tables = sched.block_trie, []
     for number, prompt in enumerate(prompts):
-        kv._trail = None
+        kv._trails.clear()
         seq = add(sched, number + 1, prompt)
         fetch(trie, seq) if ours else trie.match(seq)
         sched.block_manager.allocate(seq, 0)

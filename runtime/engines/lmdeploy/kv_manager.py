@@ -18,6 +18,9 @@ __all__ = ["KVCounters", "KVManager", "Snapshot"]
 
 logger = logging.getLogger(__name__)
 
+_TRAILS = 64
+"""First blocks whose last way through the trie is remembered."""
+
 
 @define
 class KVCounters:
@@ -72,7 +75,8 @@ class KVManager:
         self.counters = KVCounters()
         self.expendable: set[int] = set()
         """Logical blocks that go first, however lately used; until they are fetched or stored again."""
-        self._trail: _Trail | None = None
+        self._trails: dict[tuple[int, ...], _Trail] = {}
+        """The last one of each of a few first blocks."""
         self.trie.hook = self
         self.blocks.eviction_cb = on_evict
         memory = self.blocks.allocator._log_mem
@@ -93,9 +97,15 @@ class KVManager:
         cursor = getattr(seq.logical_blocks, "last_shared_node", None)
         shared: int = 0 if cursor is None else cursor.num_matched
         owned: int = len(seq.logical_blocks) * self.trie.block_size
-        if owned == 0 and self._trail is not None and self.blocks.num_cpu_blocks == 0:
-            self._follow(seq, self._trail)
+        if owned == 0 and self._trails and self.blocks.num_cpu_blocks == 0:
+            trail = self._trails.get(self._first(seq))
+            if trail is not None:
+                self._follow(seq, trail)
         return owned <= shared
+
+    def _first(self, seq: Any) -> tuple[int, ...]:
+        """The tokens of a sequence's first block."""
+        return tuple(seq.history_cache[: self.trie.block_size].tolist())
 
     def _follow(self, seq: Any, trail: _Trail) -> None:
         """Take the blocks of a trail as far as the tokens agree; the match goes on from there.
@@ -147,7 +157,13 @@ class KVManager:
         if node.parent is not None:
             size = self.trie.block_size
             table = seq.logical_blocks.get_real_blocks()[: node.num_matched // size].copy()
-            self._trail = _Trail(seq.adapter_name, seq.history_cache._token_ids, node, table)
+            first = self._first(seq)
+            self._trails.pop(first, None)
+            self._trails[first] = _Trail(
+                seq.adapter_name, seq.history_cache._token_ids, node, table
+            )
+            if len(self._trails) > _TRAILS:
+                del self._trails[next(iter(self._trails))]
         self.expendable.difference_update(kept)
 
     def store_answer(self, seq: Any) -> None:

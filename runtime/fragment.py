@@ -57,7 +57,7 @@ class Fragment:
     there on is decided anew, when decodes have ended."""
     ledger: Ledger
     decls: dict[str, RequestDecl]
-    _blocks: dict[tuple[str, int], int]
+    _blocks: dict[str, dict[int, int]]
     """By tier and the plan's number: the engine's block."""
     position: int = 0
     """Steps given out."""
@@ -65,8 +65,8 @@ class Fragment:
     """Requests whose prompts have ended."""
 
     def __attrs_post_init__(self) -> None:
-        for (tier, _), block in self._blocks.items():
-            self.ledger[tier].hold((block,))
+        for tier, known in self._blocks.items():
+            self.ledger[tier].hold(known.values())
 
     def next(self) -> PlanStep | None:
         """The next step; None after the last one."""
@@ -74,9 +74,9 @@ class Fragment:
 
     def close(self) -> None:
         """Hold nothing any more."""
-        for (tier, _), block in self._blocks.items():
-            self.ledger[tier].drop((block,))
-        self._blocks.clear()
+        for tier, known in self._blocks.items():
+            self.ledger[tier].drop([*known.values()][::-1])
+            known.clear()
 
     def fits(self, kv: Iterable[KVFree | KVMove], binds: Iterable[Bind]) -> bool:
         """Whether there is room for a step's new blocks, once its frees are `forget`ed."""
@@ -87,7 +87,7 @@ class Fragment:
         for bind in binds:
             fresh.setdefault(DEVICE, set()).update(bind.blocks)
         return all(
-            sum((tier, number) not in self._blocks for number in numbers) <= self.ledger[tier].room
+            len(numbers.difference(self._blocks[tier])) <= self.ledger[tier].room
             for tier, numbers in fresh.items()
         )
 
@@ -95,17 +95,17 @@ class Fragment:
         """Let go of what a step frees; whether the engine frees it is for the ledger to say."""
         for item in kv:
             if isinstance(item, KVFree):
+                known, shelf = self._blocks[item.tier], self.ledger[item.tier]
                 for number in item.blocks:
-                    block = self._blocks.pop((item.tier, number), None)
-                    if block is not None:
-                        self.ledger[item.tier].drop((block,))
+                    if number in known:
+                        shelf.drop((known.pop(number),))
 
     def moves(self, kv: Iterable[KVFree | KVMove]) -> list[KVMove]:
         """A step's moves, between the engine's blocks."""
         moved = []
         for item in kv:
             if isinstance(item, KVMove):
-                src = tuple(self._blocks[item.from_tier, number] for number in item.src)
+                src = tuple(map(self._blocks[item.from_tier].__getitem__, item.src))
                 dst = self.blocks(item.to_tier, item.dst)
                 moved.append(evolve(item, src=src, dst=dst))
                 self._copy(item, src, dst)
@@ -120,12 +120,11 @@ class Fragment:
 
     def blocks(self, tier: str, numbers: Sequence[int]) -> tuple[int, ...]:
         """The engine's blocks of some of the plan's; new ones for those that have none yet."""
-        known = self._blocks
-        fresh = [number for number in dict.fromkeys(numbers) if (tier, number) not in known]
+        known = self._blocks[tier]
+        fresh = [number for number in dict.fromkeys(numbers) if number not in known]
         if fresh:
-            taken = self.ledger[tier].take(len(fresh))
-            known.update(zip([(tier, number) for number in fresh], taken, strict=True))
-        return tuple([known[tier, number] for number in numbers])
+            known.update(zip(fresh, self.ledger[tier].take(len(fresh)), strict=True))
+        return tuple(map(known.__getitem__, numbers))
 
 
 def assemble(
@@ -150,7 +149,8 @@ def assemble(
         SageIRError: the requests do not fit together.
     """
     hits = _hits(decls, ledger, target.block_size)
-    resident, blocks, tiers = [], dict[tuple[str, int], int](), []
+    resident, tiers = [], []
+    blocks: dict[str, dict[int, int]] = {tier.name: {} for tier in target.tiers}
     live = tuple(
         LiveBlock(item.request, len(hits[DEVICE]) + at, item.tokens) for at, item in enumerate(held)
     )
@@ -159,12 +159,11 @@ def assemble(
         if found:
             ids = tuple(found)
             resident.append(Resident(tier.name, ids, tuple(range(len(ids)))))
-            for number, content in enumerate(ids):
-                blocks[tier.name, number] = shelf.block_of[content]
+            blocks[tier.name].update(enumerate(map(shelf.block_of.__getitem__, ids)))
         held_too = len(found) - sum(map(shelf.idle, found))
         lives = len(live) if tier.name == DEVICE else 0
         tiers.append(evolve(tier, blocks=shelf.room + held_too + lives))
-    blocks.update({(DEVICE, it.block): own.block for it, own in zip(live, held, strict=True)})
+    blocks[DEVICE].update({it.block: own.block for it, own in zip(live, held, strict=True)})
     small = evolve(target, tiers=tuple(tiers))
     cache = tuple(CachedBlocks(item.tier, blocks=item.ids) for item in resident)
     graph = compiler(IRGraph(name, small, tuple(decls), _nodes(decls, small), cache))

@@ -170,7 +170,8 @@ class Steps:
         device, blocks = self.ledger[DEVICE], fragment.blocks(DEVICE, bind.blocks)
         stop = bind.at + len(blocks)
         device.hold(blocks)
-        device.drop(row.table[bind.at : stop])
+        if old := row.table[bind.at : stop]:
+            device.drop(old)
         row.table[bind.at : stop] = blocks
         return Bind(bind.request, bind.at, blocks)
 

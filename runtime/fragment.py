@@ -181,7 +181,9 @@ def warm_up(target: Target, compiler: Callable[[IRGraph], IRGraph]) -> None:
     """
     size = target.block_size
     decls = [
-        RequestDecl(f"warm-up{number}", max_new_tokens=2, prompt_len=2 * size + 1, blocks=(0, number))
+        RequestDecl(
+            f"warm-up{number}", max_new_tokens=2, prompt_len=2 * size + 1, blocks=(0, number)
+        )
         for number in (1, 2)
     ]
     ledger = Ledger(target)

@@ -1,10 +1,10 @@
-"""`no_collections`: a pause of Python's cyclic garbage collector while a compiler phase runs."""
+"""When Python's cyclic garbage collector runs: not while a compiler phase does, nor in a decision."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["no_collections"]
+__all__ = ["collect_early", "no_collections"]
 
 _MANY = 100_000
 """New objects that the next young collection should not walk."""
@@ -29,3 +29,16 @@ def no_collections() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+
+
+def collect_early() -> None:
+    """Runs the cyclic collection that is soon due, if one is: call it when it keeps nobody waiting.
+
+    Otherwise it would run wherever the next object happens to be made. The generation is the one
+    that Python would choose.
+    """
+    young, *older = gc.get_count()
+    limit, *limits = gc.get_threshold()
+    if gc.isenabled() and 4 * young > 3 * limit:
+        due = [count > most for count, most in zip(older, limits, strict=True)]
+        gc.collect(2 if due[1] else 1 if due[0] else 0)

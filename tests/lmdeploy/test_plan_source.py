@@ -223,7 +223,7 @@ def test_what_a_plan_frees_is_the_first_victim() -> None:
     order: list[int] = []
     scheduler.block_manager.eviction_cb = lambda kind, blocks, seq: order.extend(blocks.tolist())
     assert driver.kv.make_room(scheduler.block_manager.get_num_free_gpu_blocks() + 2)
-    assert order == mine[::-1]
+    assert order[:2] == mine[::-1]
 
 
 NONSENSE = {

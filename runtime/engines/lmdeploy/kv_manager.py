@@ -18,6 +18,8 @@ __all__ = ["KVCounters", "KVManager", "Snapshot"]
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 128
+"""A part of the pool that is had free at once, when blocks are short: one in so many."""
 _TRAILS = 64
 """First blocks whose last way through the trie is remembered."""
 
@@ -253,11 +255,12 @@ class KVManager:
         them; sequences would have to be evicted.
         """
         missing: int = blocks - self.blocks.get_num_free_gpu_blocks()
-        heap = (
-            [(self._last_use(node), id(node), node) for node in self._frontier()]
-            if missing > 0
-            else []
-        )
+        if missing <= 0:
+            return True
+        if self.blocks.num_cpu_blocks == 0:
+            # With a little more at a time, a step of many rows looks for victims once.
+            return self._drop_coldest(missing + self._spare) >= missing
+        heap = [(self._last_use(node), id(node), node) for node in self._frontier()]
         heapq.heapify(heap)
         while missing > 0 and heap:
             _, _, node = heapq.heappop(heap)
@@ -268,6 +271,46 @@ class KVManager:
             if parent.parent is not None and self._is_victim(parent):
                 heapq.heappush(heap, (self._last_use(parent), id(parent), parent))
         return missing <= 0
+
+    def keep_room(self) -> None:
+        """Have some blocks free before somebody needs them; forwards may be in flight."""
+        if self.blocks.num_cpu_blocks == 0:
+            self.make_room(self._spare)
+
+    @property
+    def _spare(self) -> int:
+        return int(self.blocks.num_gpu_blocks) // _SPARE
+
+    def _drop_coldest(self, count: int) -> int:
+        """Take victims out of the trie, where no host tier could have them; how many there were."""
+        memory, trie = self.blocks.allocator._log_mem, self.trie
+        leaves = list(trie.leaves)
+        blocks = np.fromiter([leaf.block for leaf in leaves], np.int64, len(leaves))
+        times = memory.access_time[blocks]
+        if self.expendable:
+            times[np.isin(blocks, list(self.expendable))] = 0.0
+        idle = (memory.ref_count[blocks] == 1).nonzero()[0]
+        # Each gives one block at least: the coldest `count` of them are enough.
+        coldest = idle[np.argsort(times[idle], kind="stable")[:count]].tolist()
+        heap = [(float(times[at]), at, leaves[at]) for at in coldest]  # sorted, so a heap
+        dropped: list[int] = []
+        while heap and len(dropped) < count:
+            _, at, node = heapq.heappop(heap)
+            parent, node.parent = node.parent, None
+            trie.leaves.discard(node)
+            dropped.append(node.block)
+            if parent.parent is not None and not parent.children:
+                trie.leaves.add(parent)
+                if memory.ref_count[parent.block] == 1:
+                    heapq.heappush(heap, (self._last_use(parent), at, parent))
+        if dropped:
+            gone = np.array(dropped)
+            if self.blocks.eviction_cb is not None:
+                self.blocks.eviction_cb("prefix", gone, None)
+            self.blocks.allocator.free(gone)
+            self.counters.dropped += len(dropped)
+            self.expendable.difference_update(dropped)
+        return len(dropped)
 
     def _frontier(self) -> list[Any]:
         """Nodes on the device that only the trie holds, with none on the device below them."""

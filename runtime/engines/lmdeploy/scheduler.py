@@ -17,6 +17,7 @@ from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
+from sagellm_ir.collecting import collect_early
 from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import (
@@ -223,10 +224,12 @@ class PlanDriver:
             asyncio.get_running_loop().call_soon(self.between, call)
 
     def between(self, call: Callable[[], None]) -> None:
-        """Let the source do something between two decisions."""
+        """Let the source do something between two decisions, and what would else be done in one."""
         if self.scheduler.plan_source is self:
             self._refresh()
             self._steps(call)
+            self.kv.keep_room()
+            collect_early()
 
     def _is_in_flight(self) -> bool:
         return not self.overlap and self.scheduler.num_locked() > 0

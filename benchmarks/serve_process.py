@@ -16,8 +16,6 @@ from attrs import frozen
 
 __all__ = ["Process", "Usage", "ours", "started", "vllm"]
 
-# As our commands start: threads that spin while they wait stall each other, and the clients.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 # vLLM on a CPU: threads unbound, as ours are; GiB of KV; no network.
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -91,7 +89,7 @@ def started(name: str, command: Sequence[str], patience: float = 600.0) -> Itera
         port = probe.getsockname()[1]
     full = [*command, "--port", str(port), "--host", "127.0.0.1"]
     url = f"http://127.0.0.1:{port}"
-    environment = {**ENVIRONMENT, **VLLM_ENVIRONMENT, **os.environ}
+    environment = {**VLLM_ENVIRONMENT, **os.environ}
     with subprocess.Popen(
         full, stdout=subprocess.DEVNULL, start_new_session=True, env=environment
     ) as process:
@@ -134,6 +132,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _serve(options: dict[str, int | str], host: str, port: int) -> None:
+    # As our commands do, before torch is loaded: threads that spin stall the clients.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from sagellm_ir.runtime import SageLLMEngine

@@ -186,7 +186,8 @@ class EmbeddedEngine:
         worker = self._worker(step.worker)
         start = time.perf_counter()
         moved = sum(self._move(item, worker) for item in step.kv)
-        self._count(steps=1, moved_blocks=moved, move_seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start if moved else 0.0
+        self._count(steps=1, moved_blocks=moved, move_seconds=seconds)
         for bind in step.binds:
             worker.bind(bind)
         events = self._drain()

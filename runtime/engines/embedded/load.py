@@ -1,6 +1,7 @@
 """`load_model`: a model by name, folder or GGUF file. Nothing is downloaded."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def load_embedded(
     Raises:
         SageIRError: what `load_model` and `load_target` raise.
     """
-    loaded = load_model(model, dtype, device)
+    # In a thread that ends: libgomp counts the worker threads of every thread that has run products,
+    # and where they outnumber the cores none waits awake. Only the engine's thread should have some.
+    with ThreadPoolExecutor(1) as once:
+        loaded = once.submit(load_model, model, dtype, device).result()
     spec = kv_schema.fit(loaded.spec, loaded.dtype_name)
     fitted = load_target(target, **{**(overrides or {}), "model": asdict(spec)})
     engine = EmbeddedEngine(loaded, fitted, kv_schema=kv_schema)

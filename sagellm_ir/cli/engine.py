@@ -24,7 +24,7 @@ app = typer.Typer(
     name="engine",
     no_args_is_help=True,
     help="Engines in the background of this machine.",
-    epilog="Example: sage infer llm engine start smollm2-135m --engine-kind sagellm",
+    epilog="Example: sage llm engine start smollm2-135m --engine-kind sagellm",
 )
 
 EngineId = typer.Option("--engine-id", metavar="ID", help="Its name at the gateway.")

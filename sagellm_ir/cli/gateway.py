@@ -15,7 +15,7 @@ app = typer.Typer(
     name="gateway",
     no_args_is_help=True,
     help="One address in front of a fleet of engines.",
-    epilog="Example: sage infer gateway start",
+    epilog="Example: sage gateway start",
 )
 KINDS = ("auto", "sage", "stock", "own")
 

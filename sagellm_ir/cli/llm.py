@@ -13,7 +13,7 @@ app = typer.Typer(
     name="llm",
     no_args_is_help=True,
     help="Serve models: engines with an OpenAI API.",
-    epilog="Example: sage infer llm serve smollm2-135m",
+    epilog="Example: sage llm serve smollm2-135m",
 )
 
 

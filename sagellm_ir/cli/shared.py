@@ -112,6 +112,12 @@ def note(message: str) -> None:
     stderr().print(message, style="dim", markup=False)
 
 
+def typed(words: str) -> str:
+    """A command as one types it: `llm` and `gateway` stand beside `infer`."""
+    beside = words.split()[0] in ("llm", "gateway")
+    return f"sage {words}" if beside else f"sage infer {words}"
+
+
 def command(
     app: typer.Typer, name: str, *, example: str
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
@@ -133,7 +139,7 @@ def command(
                 note("interrupted")
                 raise typer.Exit(130) from None
 
-        app.command(name, epilog=f"Example: sage infer {example}")(guarded)
+        app.command(name, epilog=f"Example: {typed(example)}")(guarded)
         return function
 
     return decorate

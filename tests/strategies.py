@@ -243,9 +243,11 @@ class _Builder:
         last: Any = None
         for part in reversed(chain):
             operands = (part.name, *((last.name,) if last else ()))
-            node = KVMigrate(
-                self.name("move"), part.request, part.start, part.stop, operands=operands, to=DEVICE
-            )
+            # What is appended to the last block of a part has to be there when that is copied.
+            inside = part.stop % self.target.block_size and part is not value
+            after = (value.name,) if inside else ()
+            span = (part.request, part.start, part.stop)
+            node = KVMigrate(self.name("move"), *span, operands=operands, after=after, to=DEVICE)
             last = self.add(node, worker)
         return last  # type: ignore[no-any-return]  # a chain is not empty
 

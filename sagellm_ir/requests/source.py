@@ -186,9 +186,10 @@ def _decode(name: str, line: Line) -> Record | Diagnostic:
     """The JSON value of one line."""
     number, data = line
     try:
-        return Record(json.loads(data.rstrip()), Location(name, number))
+        text = data.decode().rstrip()  # of bytes, json guesses the encoding
+        return Record(json.loads(text), Location(name, number))
     except json.JSONDecodeError as error:
-        return _broken(name, number, data.decode().rstrip(), error)
+        return _broken(name, number, text, error)
     except UnicodeDecodeError as error:
         return _not_utf8(Location(name, number, error.start + 1))
     except (RecursionError, ValueError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep, PrefillChunk, PrefixGroup
@@ -161,6 +161,7 @@ FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthChec
     prefix=st.booleans(),
     overlap=st.booleans(),
 )
+@example(seed=334, blocks=22, host=0, prefix=True, overlap=False)  # nodes below a leaf
 def test_random_plans(seed: int, blocks: int, host: int, prefix: bool, overlap: bool) -> None:
     rng = random.Random(seed)
     eng = engine(

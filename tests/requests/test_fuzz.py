@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.build import ByteTokenizer, build
@@ -61,6 +61,7 @@ def test_any_record(record: dict[str, Any]) -> None:
 
 @QUICK
 @given(st.binary(max_size=60), st.sampled_from(["r.jsonl", "r.json", "r.csv", "r", "r.jsonl.gz"]))
+@example(b"\x00\x00\x00\x80", "r.jsonl")  # looks like UTF-32 to json
 def test_any_bytes(data: bytes, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(SageIRError):
         path = Path(folder) / name

@@ -152,10 +152,17 @@ class KVManager:
         return True
 
     def after_store(self, seq: Any, blocks: Iterable[int], replaced: Iterable[int]) -> None:
-        """Count an insertion."""
+        """Count an insertion. LMDeploy leaves a leaf that it went through and put nodes below among
+        the leaves; it is taken out."""
         kept = list(blocks)
         self.counters.stored += len(kept)
         node = seq.logical_blocks.last_shared_node
+        above = node.parent if tuple(replaced) else None
+        for _ in kept:
+            if above is None:
+                break
+            self.trie.leaves.discard(above)
+            above = above.parent
         if node.parent is not None:
             size = self.trie.block_size
             table = seq.logical_blocks.get_real_blocks()[: node.num_matched // size].copy()

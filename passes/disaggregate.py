@@ -248,14 +248,15 @@ class _Writer:
         for k in range(len(chain) - 1, -1, -1):
             node = chain[k]
             # what was appended inside its last block is part of that block: copy it after that
-            after = (chain[k - 1].name,) if k and node.stop % size else ()
+            full = -(-node.stop // size) * size
+            appended = [part.name for part in chain[:k] if part.start < full]
             copy = KVMigrate(
                 self.names.fresh(f"{node.name}.{self.workers[worker]}"),
                 node.request,
                 node.start,
                 node.stop,
                 operands=(node.name, *before),
-                after=after,
+                after=tuple(appended[:1]),
                 worker=self.workers[worker],
                 to=DEVICE,
                 loc=user.loc,

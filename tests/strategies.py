@@ -243,7 +243,7 @@ class _Builder:
         last: Any = None
         for part in reversed(chain):
             operands = (part.name, *((last.name,) if last else ()))
-            # What is appended to the last block of a part has to be there when that is copied.
+            # What is appended to the last block of a part is copied with it.
             inside = part.stop % self.target.block_size and part is not value
             after = (value.name,) if inside else ()
             span = (part.request, part.start, part.stop)

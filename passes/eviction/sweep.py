@@ -62,7 +62,8 @@ class Sweep:
         self.uses = self._uses()
         """By value: heap of what will start, or come back, on top of it: step, node."""
         self.protected = self._protected()
-        """By value: the last step in which another worker copies it."""
+        """By value: while it must stay for another worker that copies it, or what builds on it:
+        the step in which the copied value starts, that of the copy."""
         self.held = self._held()
         """By node: the device value that keeps its chain in place while the node runs, or -1."""
         self.seconds: dict[int, float] = {}
@@ -97,13 +98,15 @@ class Sweep:
             heappush(uses[value], (live.step[value], value))
         return uses
 
-    def _protected(self) -> dict[int, int]:
+    def _protected(self) -> dict[int, list[tuple[int, int]]]:
         live = self.live
-        protected: dict[int, int] = {}
-        for i, source in enumerate(live.source):
-            while source >= 0 and live.worker[source] != live.worker[i]:
-                protected[source] = max(protected.get(source, -1), live.step[i])
-                source = live.prefix[source]
+        protected: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for i, value in enumerate(live.source):
+            if value >= 0 and live.worker[value] != live.worker[i]:
+                during = live.step[value], live.step[i]
+                while value >= 0:
+                    protected[value].append(during)
+                    value = live.prefix[value]
         return protected
 
     def _held(self) -> list[int]:
@@ -129,8 +132,9 @@ class Sweep:
                 ends[live.end[i]].append(i)
                 deaths[live.last[i]].append(i)
         released: dict[int, list[int]] = defaultdict(list)
-        for value, step in self.protected.items():
-            released[step].append(value)
+        for value, times in self.protected.items():
+            for _, copied in times:
+                released[copied].append(value)
         for value in live.pins:
             self._settle(value, -1)
         for value in live.pins:
@@ -242,8 +246,8 @@ class Sweep:
         live = self.live
         if not self.resident[value] or self.active[value] or self.children[value]:
             return
-        started = live.step[value] < step  # a hit that waits for its fetch is copied by nobody yet
-        if live.last[value] < step or (started and self.protected.get(value, -1) >= step):
+        times = self.protected.get(value, ())
+        if live.last[value] < step or any(made < step <= copied for made, copied in times):
             return
         uses = self.uses[value]
         while uses[0][0] < step:

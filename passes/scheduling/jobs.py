@@ -153,19 +153,23 @@ class Jobs:
     def scatter(self) -> list[Job]:
         """Breaks up parked jobs that wait for each other into single nodes.
 
-        Single nodes cannot: the graph is acyclic. Empty when no job can be broken up.
+        Single nodes cannot: the graph is acyclic. A decode without forwards stays with its
+        prefill. Empty when no job can be broken up.
         """
         parked = [job for jobs in self.parked.values() for job in jobs]
-        if all(len(job.nodes) == 1 for job in parked):
-            return []
-        self.parked = {}
-        singles: list[Job] = []
+        made_by, singles = self.problem.made_by, dict[int, Job]()
         for job in parked:
             for node in job.nodes:
-                single = Job(job.request, job.worker, job.rank)
-                self._join(single, node)
-                singles.append(single)
-        return singles
+                first = made_by.get(node, node)
+                if first not in singles:
+                    singles[first] = Job(job.request, job.worker, job.rank)
+        if len(singles) == len(parked):
+            return []
+        self.parked = {}
+        for job in parked:
+            for node in job.nodes:
+                self._join(singles[made_by.get(node, node)], node)
+        return list(singles.values())
 
     def pin(self, job: Job) -> int:
         """Counts a job in on all KV it needs on its device; returns the blocks that adds.

@@ -51,6 +51,12 @@ class Problem:
     """Nodes that moves copy: their spans must stay as they are."""
     instant: dict[int, int] = field(factory=dict)
     """Decodes without forwards, by the prefill that makes their token."""
+    made_by: dict[int, int] = field(init=False)
+    """Reverse of `instant`."""
+
+    def __attrs_post_init__(self) -> None:
+        made_by = {decode: prefill for prefill, decode in self.instant.items()}
+        object.__setattr__(self, "made_by", made_by)
 
     def transfer(self, node: int, cost: CostModel) -> float:
         """Seconds of a move."""
@@ -99,10 +105,9 @@ def flatten(graph: IRGraph) -> Problem:
 def _read_order(problem: Problem, c: Columns) -> None:
     """Order edges between units of work. One with a collective is one with its operands, and one
     to a decode without forwards is one to its prefill."""
-    made_by = {decode: prefill for prefill, decode in problem.instant.items()}
     unit = c.is_kv[c.after.user]
     for user, node in zip(c.after.user[unit].tolist(), c.after.target[unit].tolist(), strict=True):
-        at = made_by.get(user, user)
+        at = problem.made_by.get(user, user)
         units = problem.operands[node] if problem.kind[node] == COLLECTIVE else [node]
         problem.waits[at] = problem.waits[at] + units
     for i, waits in enumerate(problem.waits):

@@ -12,6 +12,7 @@ import math
 from heapq import heappop, heappush
 
 from sagellm_ir.passes.scheduling.admission import Admission
+from sagellm_ir.passes.scheduling.jobs import Job
 from sagellm_ir.passes.scheduling.problem import MOVE, PREFILL, Problem
 from sagellm_ir.passes.scheduling.timeline import Limit, Piece, Timeline
 from sagellm_ir.passes.scheduling.worker import WorkerState
@@ -70,6 +71,8 @@ class Simulation(Admission):
     def _next_time(self, state: WorkerState) -> float:
         if state.running or state.decodes or state.ready or state.moves:
             return state.now
+        if state.leaving and state.queue:
+            return state.now
         if state.queue and state.stuck is None:
             return state.now
         return max(state.now, state.inbox[0][0]) if state.inbox else math.inf
@@ -95,7 +98,8 @@ class Simulation(Admission):
             self._make_room(state, rows)
             self._start_all(state, decodes)
         state.open = False
-        if state.done or state.rows or (state.running and state.decoding):
+        busy = state.done or state.rows or (state.running and state.decoding)
+        if busy or (state.leaving and state.stuck is Limit.KV):
             self._advance(index, state, limit)
 
     def _make_room(self, state: WorkerState, rows: int) -> None:
@@ -119,13 +123,13 @@ class Simulation(Admission):
             job = self.jobs.of[node]
             assert job is not None
             heappush(state.ready, (job.rank, node))
-        elif kind == MOVE:
+        elif node in self.problem.made_by:
+            self._run_instant(state, node)
+        elif kind == MOVE or not self.size[node]:
             if state.open and self._settled(node):
                 self._move(state, node)
             else:
                 state.moves.append(node)
-        elif not self.size[node]:
-            self._run_instant(state, node)
         elif not (state.open and self._settled(node) and self._start(state, node)):
             state.decodes.append(node)
 
@@ -154,14 +158,18 @@ class Simulation(Admission):
                     self._ready(state, user)
 
     def _move(self, state: WorkerState, node: int) -> None:
+        """Makes a move; or a decode without forwards on top of one, which takes no row either."""
         self._place(node)
         state.done.append(node)
-        state.transfer += self.problem.transfer(node, self.cost)
+        if self.problem.kind[node] == MOVE:
+            state.transfer += self.problem.transfer(node, self.cost)
+        else:
+            self.timeline.until[node] = self.timeline.step[node]
         self._release(state, node)
 
     def _run_instant(self, state: WorkerState, node: int) -> None:
         """A decode without forwards: its token comes out of the prefill it follows."""
-        timeline, prefix = self.timeline, self.problem.prefix[node]
+        timeline, prefix = self.timeline, self.problem.made_by[node]
         timeline.until[node] = timeline.step[node] = timeline.step[prefix]
         timeline.issued.append(node)
         timeline.places.append(timeline.step[node])
@@ -271,8 +279,15 @@ class Simulation(Admission):
                 state.done.append(node)
                 self._release(state, node)
         done, state.done = state.done, []
-        for node in done:
-            self._finish(state, node)
+        left, state.leaving = state.leaving, []
+        for job in left:
+            self._unpin(job)
+        ended = dict.fromkeys(job for node in done for job in self._finish(state, node))
+        for job in ended:
+            if self._waits(job):
+                self.workers[job.worker].leaving.append(job)
+            else:
+                self._unpin(job)
         if state.inbox:
             self._receive(state)
 
@@ -293,8 +308,27 @@ class Simulation(Admission):
         tokens, logits = rows + state.rows, rows + state.logits
         return loops, state.transfer + loops * self.cost.forward(tokens, pairs, read, logits)
 
-    def _finish(self, state: WorkerState, node: int) -> None:
-        """The step of a node is over: its job may end, and what waited for it may go on."""
+    def _unpin(self, job: Job) -> None:
+        home = self.workers[job.worker]
+        home.pinned -= self.jobs.unpin(job)
+        home.stuck = None
+
+    def _waits(self, job: Job) -> bool:
+        """Whether the last step made a value of the job that others need later: it can be copied
+        in the next step at the earliest, so it keeps its place till then."""
+        timeline, finished, last = self.timeline, self.jobs.finished, len(self.timeline.loops) - 1
+        return any(
+            max(timeline.step[node], timeline.until[node]) == last
+            and not all(finished[user] for user in self.problem.users[node])
+            for node in job.nodes
+        )
+
+    def _finish(self, state: WorkerState, node: int) -> list[Job]:
+        """The step of a node is over: what waited for it may go on, and its job may end.
+
+        Returns the jobs whose KV nobody admitted needs any more.
+        """
+        ended = []
         for job in self.jobs.finish(node):
             home = self.workers[job.worker]
             if job.active:
@@ -302,8 +336,7 @@ class Simulation(Admission):
                 home.active -= 1
                 home.stuck = None
             if not job.copies:
-                home.pinned -= self.jobs.unpin(job)
-                home.stuck = None
+                ended.append(job)
         if len(self.workers) > 1:
             for user in self.problem.users[node]:
                 self.missing[user] -= self.jobs.crosses(node, user)
@@ -312,6 +345,7 @@ class Simulation(Admission):
         if node in self.jobs.parked:
             for job in self.jobs.parked.pop(node):
                 self._route(job, state.now)
+        return ended
 
     def _follow(self, node: int) -> None:
         for follower in self.problem.followers[node]:

@@ -33,6 +33,8 @@ class WorkerState:
     """Device blocks that admitted jobs hold or will grow to."""
     active: int = 0
     """Admitted jobs that have not ended."""
+    leaving: list[Job] = field(factory=list)
+    """Jobs that have ended, but keep their KV for one more step."""
     stuck: Limit | None = None
     """Why the head of the queue was refused: stands until a job ends or another is the head."""
     # of the step being made:

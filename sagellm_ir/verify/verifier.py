@@ -1,12 +1,12 @@
 """`verify`: runs the laws, first those of form, then those that rely on them."""
 
 from sagellm_ir.graph import IRGraph
-from sagellm_ir.verify import declarations, schedule, service, sharing, spans, structure
+from sagellm_ir.verify import copies, declarations, schedule, service, sharing, spans, structure
 from sagellm_ir.verify.report import VerifyError, broken
 
 __all__ = ["verify"]
 
-_MEANING = (*spans.LAWS, *sharing.LAWS, *service.LAWS, *schedule.STAGE_LAWS)
+_MEANING = (*spans.LAWS, *sharing.LAWS, *copies.LAWS, *service.LAWS, *schedule.STAGE_LAWS)
 
 
 def verify(graph: IRGraph, known: IRGraph | None = None) -> None:

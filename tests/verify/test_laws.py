@@ -14,6 +14,7 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.text import parse_graph
 from sagellm_ir.verify import (
     VerifyError,
+    copies,
     declarations,
     schedule,
     service,
@@ -34,6 +35,7 @@ LAWS = (
     *structure.LAWS,
     *spans.LAWS,
     *sharing.LAWS,
+    *copies.LAWS,
     *service.LAWS,
     *schedule.STAGE_LAWS,
     *schedule.SCHEDULE_LAWS,

@@ -7,7 +7,8 @@ the scheduler. Default vLLM has its prefix caching on. Only one of them works at
 
 On a GPU, where vLLM has it:
 
-    python benchmarks/vllm.py --model FOLDER --dtype bfloat16 --target h100 --scale 8 --block-size 64 --blocks 384 --tokens 4096
+    python benchmarks/vllm.py --model FOLDER --dtype bfloat16 --target h100 --scale 8 --block-size 64 --blocks 384 --tokens 4096 \
+        --settings '{"gpu_memory_utilization": 0.4}'          # both sides are on one device
 """
 
 import argparse
@@ -147,6 +148,7 @@ def both(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Side]]:
         "dtype": args.dtype,
         "target": args.target,
         "pipeline": args.pipeline,
+        "settings": args.settings,
         "overrides": {
             "block_size": args.block_size,
             "max_tokens": args.tokens,
@@ -219,6 +221,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--target", default="vllm-cpu", help="preset with the device's speeds")
     parser.add_argument("--pipeline", default="O2")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, metavar="JSON",
+        help="more fields of vLLM's EngineArgs, for both sides",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=32, help="tokens")
     parser.add_argument("--blocks", type=int, default=96, help="of the pool")
     parser.add_argument("--host-blocks", type=int, default=256, help="that plans may spill to")

@@ -40,7 +40,7 @@ def start(task: dict[str, Any]) -> Any:
             for name in PLANNED:
                 settings.pop(name, None)
             settings["enable_prefix_caching"] = True
-        return LLMEngine.from_engine_args(EngineArgs(**settings))
+        return LLMEngine.from_engine_args(EngineArgs(**settings | task["settings"]))
 
 
 @define

@@ -137,6 +137,21 @@ class Admission(ABC):
         for node in [node for node in job.nodes if not missing[node]]:
             self._ready(state, node)
 
+    def _unpin(self, job: Job) -> None:
+        home = self.workers[job.worker]
+        home.pinned -= self.jobs.unpin(job)
+        home.stuck = None
+
+    def _waits(self, job: Job) -> bool:
+        """Whether the last step made a value of the job that others need later: it can be copied
+        in the next step at the earliest, so it keeps its place till then."""
+        timeline, finished, last = self.timeline, self.jobs.finished, len(self.timeline.loops) - 1
+        return any(
+            max(timeline.step[node], timeline.until[node]) == last
+            and not all(finished[user] for user in self.problem.users[node])
+            for node in job.nodes
+        )
+
     def _too_big(self, job: Job, needed: int) -> SageIRError:
         request = self.problem.graph.requests[job.request]
         return SageIRError(

@@ -308,21 +308,6 @@ class Simulation(Admission):
         tokens, logits = rows + state.rows, rows + state.logits
         return loops, state.transfer + loops * self.cost.forward(tokens, pairs, read, logits)
 
-    def _unpin(self, job: Job) -> None:
-        home = self.workers[job.worker]
-        home.pinned -= self.jobs.unpin(job)
-        home.stuck = None
-
-    def _waits(self, job: Job) -> bool:
-        """Whether the last step made a value of the job that others need later: it can be copied
-        in the next step at the earliest, so it keeps its place till then."""
-        timeline, finished, last = self.timeline, self.jobs.finished, len(self.timeline.loops) - 1
-        return any(
-            max(timeline.step[node], timeline.until[node]) == last
-            and not all(finished[user] for user in self.problem.users[node])
-            for node in job.nodes
-        )
-
     def _finish(self, state: WorkerState, node: int) -> list[Job]:
         """The step of a node is over: what waited for it may go on, and its job may end.
 

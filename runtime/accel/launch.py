@@ -28,6 +28,7 @@ __all__ = [
     "launch_merge",
     "launch_schedule",
     "merge_constants",
+    "rows_of_merge",
     "schedule_constants",
     "stride_constants",
     "wide_constants",
@@ -275,6 +276,12 @@ def heads_of_merge(spec: AttentionSpec, rows: int) -> int:
     if rows * spec.heads <= _PROGRAMS:
         return 1
     return spec.group if rows * spec.kv_heads <= _PROGRAMS else spec.heads
+
+
+def rows_of_merge(spec: AttentionSpec) -> tuple[int, ...]:
+    """Query rows of batches that need, between them, every form of `merge`."""
+    few, one, group = _FEW // spec.heads, _PROGRAMS // spec.heads, _PROGRAMS // spec.kv_heads
+    return tuple(dict.fromkeys((max(few, 1), few + 1, one + 1, group + 1)))
 
 
 def launch_merge(

@@ -25,8 +25,8 @@ from sagellm_ir.runtime.accel.attention import PrefixAttention
 from sagellm_ir.runtime.accel.reference import reference
 from sagellm_ir.runtime.accel.selfcheck import random_batch, tolerance
 from sagellm_ir.runtime.engines.lmdeploy.kernels.prefix_aware_attention import (
+    KernelBatches,
     PrefixAwareAttention,
-    Steps,
     install,
     spec_of,
 )
@@ -57,11 +57,11 @@ class Inner:
         assert more["block_offsets"] is not None
 
 
-def steps(rows: int, first: PrefixAwareAttention) -> Steps:
+def steps(rows: int, first: PrefixAwareAttention) -> KernelBatches:
     attention = PrefixAttention(
         SPEC, max_batch=8, max_rows=rows, device="cpu", gate=None, workspace=1 << 20
     )
-    return Steps(attention, first)
+    return KernelBatches(attention, first)
 
 
 def metadata(batch: Any, groups: list[tuple[int, int, int, int]], decode: bool) -> Any:

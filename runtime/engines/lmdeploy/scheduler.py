@@ -26,11 +26,11 @@ from sagellm_ir.runtime.engines.lmdeploy.admission import (
     PartialPrefills,
     group_rows,
 )
+from sagellm_ir.runtime.engines.lmdeploy.checks import StepChecks, named, only
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
-from sagellm_ir.runtime.engines.lmdeploy.steps import Steps, named, only
 from sagellm_ir.runtime.engines.lmdeploy.view import Names, Requests
 from sagellm_ir.runtime.trace import Trace
 
@@ -93,7 +93,7 @@ class PlanDriver:
         self._last: tuple[list[Any], object, Any] = ([], None, None)
         """Rows and groups of the last decode step, and how they were ordered."""
         self._requests = Requests(self.scheduler, self.names)
-        self._checks = Steps(self.scheduler, self._requests, self.names)
+        self._checks = StepChecks(self.scheduler, self._requests, self.names)
         self._blocks = PlanBlocks(self.kv)
         self._agreed: Agreed = {}
         """Of the last decode step, while no sequence has lost its blocks."""

@@ -12,7 +12,7 @@ for which they are not made, runs LMDeploy's own. `AccelConfig` chooses; see `ma
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
 if TYPE_CHECKING:  # Imports triton.
     from sagellm_ir.runtime.accel.attention import PrefixAttention, Variant
 
-__all__ = ["PrefixAwareAttention", "Steps", "install", "prefix_aware"]
+__all__ = ["KernelBatches", "PrefixAwareAttention", "install", "prefix_aware"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,22 @@ class PrefixAwareAttention:
         )
 
 
-class Steps:
+class KernelBatches:
     """Tells the kernels of each batch. One for a model on a device."""
 
     def __init__(self, attention: "PrefixAttention", first: PrefixAwareAttention) -> None:
         self.attention = attention
         self._first = first
         self._last: tuple[Any, int] = (None, 0)
+        self._warm = False
+
+    def warm_up(self, caches: Sequence[torch.Tensor]) -> None:
+        """Compile the kernels for a layer's caches: keys, values and, if quantised, their scales."""
+        if not self._warm:
+            from sagellm_ir.runtime.accel.warmup import warm_up
+
+            warm_up(self.attention, *caches)
+            self._warm = True
 
     def prepare(self, meta: Any, rows: int | None) -> None:
         """Put a `Step` into the metadata of a forward, or None where LMDeploy's own kernels run.
@@ -146,6 +155,7 @@ def prefix_aware(runner: type[Any], config: AccelConfig) -> type[Any]:
         def __call__(self, **kwargs: Any) -> Any:
             meta = kwargs.get("attn_metadata")
             if self._steps is not None and meta is not None:
+                self._steps.warm_up(kwargs["past_key_values"][0])  # LMDeploy's own warm-up is first
                 graph = self.enable_graph(**kwargs)
                 rows = self._get_capture_tokens(len(meta.q_seqlens)) if graph else None
                 self._steps.prepare(meta, rows)
@@ -160,7 +170,7 @@ def prefix_aware(runner: type[Any], config: AccelConfig) -> type[Any]:
     return PrefixAwareGraphRunner
 
 
-def steps_of(runner: Any, config: AccelConfig) -> Steps | None:
+def steps_of(runner: Any, config: AccelConfig) -> KernelBatches | None:
     """The kernels for a runner's model; None, with one log line, when they cannot serve it."""
     found = [getattr(module, "impl", None) for module in runner.model.modules()]
     layers = [impl for impl in found if isinstance(impl, PrefixAwareAttention)]
@@ -177,7 +187,7 @@ def steps_of(runner: Any, config: AccelConfig) -> Steps | None:
         max_rows=max(cache.max_prefill_token_num, cache.max_batches),
         device=runner.device,
     )
-    return None if attention is None else Steps(attention, layers[0])
+    return None if attention is None else KernelBatches(attention, layers[0])
 
 
 def spec_of(inner: Any, cache: Any, dtype: torch.dtype) -> AttentionSpec | None:

@@ -1,4 +1,4 @@
-"""`Steps`: what LMDeploy can run of a plan's step, and what is wrong with it."""
+"""`StepChecks`: what LMDeploy can run of a plan's step, and what is wrong with it."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_ir.lowering.plan import KVMove, PlanStep
 from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, Requests
 
-__all__ = ["Steps", "named", "only"]
+__all__ = ["StepChecks", "named", "only"]
 
 
-class Steps:
-    """Steps against the state of a scheduler.
+class StepChecks:
+    """Checks of steps against the state of a scheduler.
 
     Args:
         scheduler: LMDeploy's.

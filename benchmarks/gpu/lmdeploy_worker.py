@@ -81,8 +81,9 @@ async def measure(
         if repetition == 0:
             tokens = {answer.name: answer.tokens for answer in run.answers}
         await asyncio.sleep(0.2)
+    walls = [each["wall_s"] for each in entries]
     entries.sort(key=lambda entry: entry["wall_s"])
-    entry = entries[repetitions // 2] | {"walls_s": [each["wall_s"] for each in entries]}
+    entry = entries[repetitions // 2] | {"walls_s": walls}
     if driver is not None:
         entry |= {"unplanned": driver.unplanned, "rejected": driver.rejected[-3:]}
         entry["epochs"] = driver.source.planner.epochs

@@ -8,7 +8,7 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.passes.base import Pass, PassContext
 from sagellm_ir.passes.eviction.emit import emit
 from sagellm_ir.passes.eviction.live import fits, flatten
-from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.eviction.steps import StepFacts
 from sagellm_ir.passes.eviction.sweep import Sweep
 from sagellm_ir.passes.kv_policy import policy_names
 
@@ -47,7 +47,7 @@ class Evict(Pass):
         if fits(graph):
             return graph
         live = flatten(graph)
-        steps = Steps(graph)
+        steps = StepFacts(graph)
         sweep = Sweep(live, steps, self.policy, self.spill)
         sweep.run()
         if not sweep.batches:

@@ -17,7 +17,7 @@ from sagellm_ir.nodes import (
 )
 from sagellm_ir.passes.eviction.insert import Extra, insert
 from sagellm_ir.passes.eviction.live import Live
-from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.eviction.steps import StepFacts
 from sagellm_ir.passes.eviction.sweep import Batch
 from sagellm_ir.passes.eviction.ways import Away
 from sagellm_ir.passes.rewrite import Names, split
@@ -27,7 +27,7 @@ __all__ = ["emit"]
 BY = "evict"
 
 
-def emit(live: Live, steps: Steps, batches: Iterable[Batch]) -> IRGraph:
+def emit(live: Live, steps: StepFacts, batches: Iterable[Batch]) -> IRGraph:
     """The graph with what leaves and comes back, its nodes in the order they run."""
     return _Emitter(live, steps, batches).graph()
 
@@ -35,7 +35,7 @@ def emit(live: Live, steps: Steps, batches: Iterable[Batch]) -> IRGraph:
 class _Emitter:
     """State of one run. Values are node indexes, steps those of the old graph."""
 
-    def __init__(self, live: Live, steps: Steps, batches: Iterable[Batch]) -> None:
+    def __init__(self, live: Live, steps: StepFacts, batches: Iterable[Batch]) -> None:
         self.live = live
         self.nodes = live.graph.nodes
         self.target = live.graph.target

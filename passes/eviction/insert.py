@@ -9,7 +9,7 @@ from attrs import define, field
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin
 from sagellm_ir.passes.eviction.live import Live
-from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.eviction.steps import StepFacts
 from sagellm_ir.passes.rewrite import Names
 from sagellm_ir.passes.scheduling.apply import at_step
 
@@ -29,7 +29,7 @@ class Extra:
 
 def insert(
     live: Live,
-    steps: Steps,
+    steps: StepFacts,
     out: Sequence[list[IRNode]],
     extra: Mapping[int, list[Extra]],
     cuts: Mapping[int, list[int]],
@@ -65,7 +65,7 @@ def insert(
 class _Weaver:
     """Gives nodes their new steps, and cuts decodes where they rest."""
 
-    def __init__(self, live: Live, steps: Steps, new: list[int], names: Names) -> None:
+    def __init__(self, live: Live, steps: StepFacts, new: list[int], names: Names) -> None:
         self.live = live
         self.steps = steps
         self.new = new

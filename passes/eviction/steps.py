@@ -6,10 +6,10 @@ from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import Decode, Prefill
 from sagellm_ir.verify.schedule import step_workers
 
-__all__ = ["Steps"]
+__all__ = ["StepFacts"]
 
 
-class Steps:
+class StepFacts:
     """Facts about steps; workers are indexes."""
 
     def __init__(self, graph: IRGraph) -> None:

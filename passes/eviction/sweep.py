@@ -18,7 +18,7 @@ from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.nodes import KVNode
 from sagellm_ir.passes.eviction.live import Live, peaks
-from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.eviction.steps import StepFacts
 from sagellm_ir.passes.eviction.ways import Away, Pool, Ways
 from sagellm_ir.passes.kv_policy import Entry, make_policy
 
@@ -36,7 +36,7 @@ class Batch:
 class Sweep:
     """One run over the steps of a graph. Values are node indexes."""
 
-    def __init__(self, live: Live, steps: Steps, policy: str, spill: str) -> None:
+    def __init__(self, live: Live, steps: StepFacts, policy: str, spill: str) -> None:
         self.live = live
         self.steps = steps
         self.target = live.graph.target

@@ -5,7 +5,7 @@ from attrs import define, field, frozen
 from sagellm_ir.cost import CostModel
 from sagellm_ir.nodes import Decode, KVFetch, KVNode, Prefill
 from sagellm_ir.passes.eviction.live import Live
-from sagellm_ir.passes.eviction.steps import Steps
+from sagellm_ir.passes.eviction.steps import StepFacts
 from sagellm_ir.passes.kv_policy import KVPolicy, Victims
 
 __all__ = ["Away", "Pool", "Ways"]
@@ -47,7 +47,7 @@ class Ways:
         spill: `auto`, `always` or `never`: when to copy what could be computed again.
     """
 
-    def __init__(self, live: Live, steps: Steps, spill: str) -> None:
+    def __init__(self, live: Live, steps: StepFacts, spill: str) -> None:
         self.live = live
         self.steps = steps
         self.spill = spill

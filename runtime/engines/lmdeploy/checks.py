@@ -6,7 +6,7 @@ from attrs import evolve
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.lowering.plan import KVMove, PlanStep
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, Names, Requests
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, NamedSequences, Names
 
 __all__ = ["StepChecks", "named", "only"]
 
@@ -20,7 +20,7 @@ class StepChecks:
         names: of its requests.
     """
 
-    def __init__(self, scheduler: Any, requests: Requests, names: Names) -> None:
+    def __init__(self, scheduler: Any, requests: NamedSequences, names: Names) -> None:
         self._scheduler, self._requests, self._names = scheduler, requests, names
         self.seen: set[str] = set()
         """Requests that were in the scheduler."""

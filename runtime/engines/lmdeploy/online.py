@@ -9,7 +9,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import EngineView, RequestView
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, WORKER, Names, Requests
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, WORKER, NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import DEVICE, HOST, ModelSpec, Target, Tier, Worker
 
@@ -67,7 +67,7 @@ class OnlineSource:
     def __init__(self, planner: OnlinePlanner, scheduler: Any, names: Names) -> None:
         self.planner = planner
         self._states = scheduler.seq_manager.get_sequences
-        self._requests = Requests(scheduler, names)
+        self._requests = NamedSequences(scheduler, names)
         self._over: set[int] = set()
         """Sequences whose end the planner knows."""
 

@@ -31,7 +31,7 @@ from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
-from sagellm_ir.runtime.engines.lmdeploy.view import Names, Requests
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.trace import Trace
 
 __all__ = ["PlanDriver"]
@@ -92,7 +92,7 @@ class PlanDriver:
         """The rows of a step in `_ready` that only decodes them."""
         self._last: tuple[list[Any], object, Any] = ([], None, None)
         """Rows and groups of the last decode step, and how they were ordered."""
-        self._requests = Requests(self.scheduler, self.names)
+        self._requests = NamedSequences(self.scheduler, self.names)
         self._checks = StepChecks(self.scheduler, self._requests, self.names)
         self._blocks = PlanBlocks(self.kv)
         self._agreed: Agreed = {}

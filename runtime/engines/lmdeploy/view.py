@@ -11,7 +11,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_ir.runtime.backend import CachedPrefix, EngineView, Finish, RequestView
 from sagellm_ir.target import DEVICE, HOST
 
-__all__ = ["ENDED", "WORKER", "Names", "Requests", "still"]
+__all__ = ["ENDED", "WORKER", "NamedSequences", "Names", "still"]
 
 _UNNAMED = re.compile(r"session-(\d+)-\d+")
 ENDED = frozenset((MessageStatus.STOPPED, MessageStatus.ABORTED, MessageStatus.TO_BE_MIGRATED))
@@ -108,11 +108,11 @@ def still(view: EngineView) -> EngineView:
 class _Now(EngineView):
     """What a source is asked with: looked up when it is read, so it holds until the next step."""
 
-    def __init__(self, requests: "Requests", in_flight: bool) -> None:
+    def __init__(self, requests: "NamedSequences", in_flight: bool) -> None:
         object.__setattr__(self, "requests", requests)
         object.__setattr__(self, "in_flight", in_flight)
 
-    requests: "Requests"
+    requests: "NamedSequences"
     in_flight: bool
 
     @cached_property
@@ -150,7 +150,7 @@ class _Now(EngineView):
         return self.requests.free()
 
 
-class Requests:
+class NamedSequences:
     """The sequences of a scheduler under the names of their requests."""
 
     def __init__(self, scheduler: Any, names: Names) -> None:

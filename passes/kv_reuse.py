@@ -32,7 +32,7 @@ class KVReuse(Pass):
     ...), and a prefill of what is left; the last of them is called `%x`, so users stay as they are.
 
     - From `device` a hit is free. From another tier it is taken if the transfer is faster than
-      the arithmetic it saves; if not, this prefill computes from there on.
+      the work it saves; if not, this prefill computes from there on.
     - The last token of a prompt is always computed: the first new token comes out of it.
     - With several workers, all prompts that begin with the same block use the cache of one
       worker: the one that holds most of them.
@@ -78,7 +78,7 @@ def _worth_it(node: Prefill, hits: Hits, cost: CostModel) -> Hits:
         if stop <= start:
             break
         blocks = (stop - start) // block
-        if tier != DEVICE and cost.transfer(blocks, tier) >= cost.prefill(start, stop):
+        if tier != DEVICE and cost.transfer(blocks, tier) >= cost.saved(start, stop):
             break
         runs.append((stop, tier))
         start = stop

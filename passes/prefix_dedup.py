@@ -45,8 +45,8 @@ class PrefixDedup(Pass):
     - Cached prefixes (`kv_fetch` without source) are shared like computed ones.
 
     A boundary is worth it when at least `min_tokens` lie between it and the boundary above it and,
-    if `gated`, when the followers that part there save more arithmetic than the step that they may
-    have to wait costs besides its rows: followers * prefill(above, here) > step_overhead. If
+    if `gated`, when the followers that part there save more work than the step that they may
+    have to wait costs besides its rows: followers * saved(above, here) > step_overhead. If
     not, they part at the boundary above.
 
     Time is O(n log n) in blocks, in numpy, and linear in nodes. The pass is idempotent.
@@ -95,7 +95,7 @@ class PrefixDedup(Pass):
         """The boundaries to keep, in leaders' order. Followers of others go to the one above."""
         parent, followers = tree.parent.tolist(), tree.followers.tolist()
         above = np.where(tree.parent >= 0, tree.stop[tree.parent], 0)
-        tokens, saves = (tree.stop - above).tolist(), cost.prefill(above, tree.stop).tolist()
+        tokens, saves = (tree.stop - above).tolist(), cost.saved(above, tree.stop).tolist()
         overhead = cost.target.device.step_overhead if self.gated else 0.0
         kept = []
         for i in np.argsort(-tree.stop, kind="stable").tolist():

@@ -6,6 +6,7 @@ A change costs what it touches, whatever else the tiers hold.
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from sagellm_ir.cost import CostModel
 from sagellm_ir.lowering.allocator import BlockPool
 from sagellm_ir.lowering.plan import KVFree, KVMove
 from sagellm_ir.target import DEVICE, HOST, Target, Tier
@@ -150,6 +151,5 @@ class Ledger(dict[str, Shelf]):
 
 def _pays(target: Target, host: Tier) -> bool:
     """Whether to fetch a block costs less than to compute it."""
-    model, size = target.model, target.block_size
-    copies = 2 * model.kv_bytes_per_token * size / target.tp / host.bandwidth
-    return copies < 2 * model.layer_params * size / target.tp / target.device.flops
+    copies = 2 * target.block_bytes / target.tp / host.bandwidth
+    return copies < CostModel(target).saved(0, target.block_size)

@@ -81,6 +81,16 @@ class CostModel:
         flops = tokens * self.token_flops + pairs * self.pair_flops
         return flops / self.target.device.flops
 
+    @overload
+    def saved(self, start: int, stop: int) -> float: ...
+    @overload
+    def saved(self, start: "Ints", stop: "Ints") -> "Floats": ...
+    def saved(self, start: Any, stop: Any) -> Any:
+        """What it saves not to compute prompt tokens `[start, stop)`: their arithmetic, and their part of
+        the fixed cost of forwards, as a forward holds only so many tokens."""
+        share = self.target.device.step_overhead / self.target.max_tokens
+        return self.prefill(start, stop) + (stop - start) * share
+
     def transfer(self, blocks: int, tier: str) -> float:
         """Moving `blocks` between a tier and the device (`device`: between workers).
 

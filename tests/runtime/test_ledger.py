@@ -3,7 +3,7 @@
 from sagellm_ir.lowering.plan import KVFree, KVMove
 from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.ledger import Ledger, Shelf
-from sagellm_ir.target import DEVICE, HOST, Target, Tier
+from sagellm_ir.target import DEVICE, HOST, Device, Target, Tier
 
 
 def test_cached_blocks_give_way_least_recently_used_first() -> None:
@@ -81,3 +81,20 @@ def test_what_is_cheap_to_compute_is_not_kept() -> None:
     ledger = Ledger(load_target("vllm-cpu", tiers=slow), spill=True)
     assert ledger[DEVICE].below is None
     assert Ledger(load_target("vllm-cpu"))[DEVICE].below is None
+
+
+def test_blocks_are_kept_below_where_computing_them_again_costs_more() -> None:
+    """Its arithmetic, or its part of a forward that holds few tokens."""
+
+    def keeps(tokens: int, flops: float, overhead: float) -> bool:
+        device = Device(flops=flops, step_overhead=overhead)
+        tiers = (Tier(DEVICE, 4), Tier(HOST, 4, bandwidth=1e10))
+        return (
+            Ledger(Target(max_tokens=tokens, device=device, tiers=tiers), spill=True)[DEVICE].below
+            is not None
+        )
+
+    assert keeps(tokens=8192, flops=1e9, overhead=0.0)
+    assert not keeps(tokens=8192, flops=1e18, overhead=0.0)
+    assert not keeps(tokens=1 << 20, flops=1e18, overhead=1e-3)
+    assert keeps(tokens=64, flops=1e18, overhead=1.0)

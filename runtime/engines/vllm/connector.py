@@ -3,7 +3,7 @@
 Each tensor-parallel rank moves its own heads; so one list of moves serves all ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,16 @@ class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Do the copies of this step; called before its forward."""
         for copy in self._get_connector_metadata().copies:
             layers = zip(self._tiers[copy.from_tier], self._tiers[copy.to_tier], strict=True)
-            src, dst = torch.tensor(copy.src), torch.tensor(copy.dst)
+            if copy.from_tier == copy.to_tier:  # what is read may be written, too
+                src, dst = torch.tensor(copy.src), torch.tensor(copy.dst)
+                for source, target in layers:
+                    taken = source.index_select(0, src.to(source.device))
+                    target.index_copy_(0, dst.to(target.device), taken)
+                continue
+            runs = list(_runs(copy))
             for source, target in layers:
-                taken = source.index_select(0, src.to(source.device))
-                target.index_copy_(0, dst.to(target.device), taken.to(target.device))
+                for src_run, dst_run in runs:
+                    target[dst_run].copy_(source[src_run])
 
     # Everything is done in `start_load_kv`.
 
@@ -85,6 +91,17 @@ class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: Any) -> PlanMoves:
         """No moves but those of the plan."""
         return PlanMoves(())
+
+
+def _runs(copy: Copy) -> Iterator[tuple[slice, slice]]:
+    """Where blocks lie side by side, in the source and in the target."""
+    pairs = list(zip(copy.src, copy.dst, strict=True))
+    start = 0
+    for at, (src, dst) in enumerate(pairs, 1):
+        if at == len(pairs) or pairs[at] != (src + 1, dst + 1):
+            first = pairs[start]
+            yield slice(first[0], src + 1), slice(first[1], dst + 1)
+            start = at
 
 
 def worker_tables(worker: Any) -> dict[str, list[int]]:
@@ -117,6 +134,10 @@ def _blocks_first(name: str, cache: Any, blocks: int) -> Tensor:
 
 
 def _host(layer: Tensor, blocks: int) -> Tensor:
-    """A tier's share of a layer, in host memory."""
+    """A tier's share of a layer, in host memory; a block lies in it as on the device."""
     pinned = layer.device.type != "cpu"
-    return torch.zeros((blocks, *layer.shape[1:]), dtype=layer.dtype, pin_memory=pinned)
+    strides = layer.stride()
+    order = sorted(range(1, layer.dim()), key=lambda at: -strides[at])
+    shape = (blocks, *(layer.shape[at] for at in order))
+    dense = torch.zeros(shape, dtype=layer.dtype, pin_memory=pinned)
+    return dense.permute(0, *(order.index(at) + 1 for at in range(1, layer.dim())))

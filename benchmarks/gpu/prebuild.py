@@ -33,6 +33,7 @@ from sagellm_ir.runtime.accel.launch import (
     launch_attend,
     launch_merge,
     launch_schedule,
+    rows_of_merge,
 )
 from sagellm_ir.runtime.accel.selfcheck import random_batch
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
@@ -137,7 +138,7 @@ def _ours(what: str, spec: AttentionSpec, rows: int) -> None:
                 beside=beside,
             )
         return
-    for rows, shared in product((1, 256, 1024, 2048), (False, True)):
+    for rows, shared in product(rows_of_merge(spec), (False, True)):
         many = evolve(x, q=x.q.expand(rows, -1, -1))
         launch_merge(spec, many, lists, shared=shared, early=True)
     for height in tile_heights(spec):

@@ -155,12 +155,13 @@ class PrefixAttention:
         """
         new, total = np.asarray(q_lens, np.int32), np.asarray(kv_lens, np.int32)
         self._check(new, total)
+        most = int(new.max(initial=1))
         forest = plan_forest(self.spec, groups, new, total, self.gate)
         starts = np.zeros(len(new) + 1, np.int32)
         np.cumsum(new, out=starts[1:])
         work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits)
         nothing = np.zeros(0 if work else len(new), np.int32)
-        one_each = int(starts[-1]) == len(new) and (not len(new) or new.max() == 1)
+        one_each = int(starts[-1]) == len(new) and most == 1
         sequences = np.arange(len(new), dtype=np.int32)
 
         meta = self._meta
@@ -180,7 +181,7 @@ class PrefixAttention:
         else:
             meta.upload("row_seq", int(starts[-1]))
         self._batch, self._rows = len(new), int(starts[-1])
-        private = tile_for(self.spec, int(new.max(initial=1)) * self.spec.group)
+        private = tile_for(self.spec, most * self.spec.group)
         self.variant = Variant(private.rows, work.tile_rows if work else 0)
         return self.variant
 

@@ -6,6 +6,7 @@ below it, or with the private part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from attrs import frozen
@@ -19,6 +20,7 @@ from sagellm_ir.runtime.accel.spec import AttentionSpec
 __all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest", "shared_prefixes"]
 
 Ints = NDArray[np.int32]
+_saved = lru_cache(maxsize=4096)(Gate.saved)  # A server sees the same groups again and again.
 
 
 @frozen
@@ -78,25 +80,24 @@ def plan_forest(
     batch = len(q_lens)
     history = kv_lens - q_lens
     private = np.zeros(batch, np.int32)
-    reach = np.zeros(batch, np.int64)
-    owner = np.full(batch, -1)
-    unread: list[int] = []  # group -> where its unpacked tail begins: its stop, if packed
+    owner = np.full(batch, -1)  # the group that a sequence's keys were last found in
+    stops = {-1: 0}  # group -> its stop
+    unread = {-1: 0}  # group -> where its unpacked tail begins: its stop, if packed
     nodes: list[Node] = []
     gain = 0.0
     for index, group in enumerate(sorted(groups, key=lambda group: group.start)):
         rows = _indices(group.rows)
-        _check(spec, group, rows, reach, owner, history)
-        parent = owner[rows[0]]
-        begin = unread[parent] if parent >= 0 else group.start
-        reach[rows] = group.stop
+        _check(spec, group, rows, stops, owner, history)
+        begin = unread[int(owner[rows[0]])]
         owner[rows] = index
         queries = int(q_lens[rows].sum())
         packed = len(rows) > 1 and queries > 0
         if packed and gate is not None:
-            saved = gate.saved(spec, queries, len(rows), group.stop - begin)
+            saved = _saved(gate, spec, queries, len(rows), group.stop - begin)
             packed = saved > 0
             gain += max(saved, 0.0)
-        unread.append(group.stop if packed else begin)
+        stops[index] = group.stop
+        unread[index] = group.stop if packed else begin
         if packed:
             nodes.append(Node(begin, group.stop, rows, queries))
             private[rows] = group.stop
@@ -116,7 +117,7 @@ def _check(
     spec: AttentionSpec,
     group: SharedPrefix,
     rows: Ints,
-    reach: NDArray[np.int64],
+    stops: Mapping[int, int],
     owner: NDArray[np.int64],
     history: Ints,
 ) -> None:
@@ -130,7 +131,7 @@ def _check(
         problem = f"{span} must name sequences of the batch, 0 to {len(history) - 1}"
     elif len(rows) > 1 and np.bincount(rows).max() > 1:
         problem = f"{span} names a sequence twice"
-    elif (reach[rows] != group.start).any() or (owner[rows] != owner[rows[0]]).any():
+    elif stops[int(owner[rows[0]])] != group.start or (owner[rows] != owner[rows[0]]).any():
         problem = f"{span} does not continue one group that ends at {group.start} with all its rows"
     elif (history[rows] < group.stop).any():
         problem = f"{span} reaches into the new tokens of a sequence"

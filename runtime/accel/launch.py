@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
+from sagellm_ir.runtime.accel.gate import ceil_div
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile
 from sagellm_ir.runtime.accel.worklist import (
@@ -37,9 +38,15 @@ __all__ = [
 LOG2E = 1.4426950408889634
 _PROGRAMS = 8192
 """Programs of `merge` that fill a GPU."""
-_FEW = 64
-"""So few heads of rows are merged by four warps each, for they have many partials; more by one warp
-each: four of them wait for each other, and took three to four times as long."""
+_MERGES = ((64, 4, 128, 32), (256, 1, 32, 32), (1024, 1, 16, 64), (1 << 62, 1, 8, 256))
+"""Of up to so many heads of all rows: warps of a program of `merge`, partials that it takes at once,
+and columns. Few heads have many partials and leave room: many at once, by several programs a head.
+Many heads have few, and one warp each, so that more programs fit on an SM."""
+
+
+def _padded(spec: AttentionSpec) -> int:
+    """Columns of a tile: a power of two."""
+    return 1 << (spec.head_dim - 1).bit_length()
 
 
 def _interpreted() -> bool:
@@ -168,7 +175,7 @@ def attend_constants(
         "UPCAST": upcast,
         "BM": tile.rows,
         "BN": tile.keys,
-        "BD": 1 << (spec.head_dim - 1).bit_length(),
+        "BD": _padded(spec),
         "EARLY": early,
         "BESIDE": beside,
     }
@@ -252,11 +259,10 @@ def launch_attend(
     )
 
 
-def merge_constants(
-    spec: AttentionSpec, rows: int, *, shared: bool, early: bool
-) -> dict[str, object]:
+def merge_constants(spec: AttentionSpec, rows: int, *, shared: bool, early: bool) -> dict[str, int]:
     """The compile-time arguments of `merge`."""
-    few = rows * spec.heads <= _FEW
+    heads = rows * spec.heads
+    warps, slots, width = next(how for most, *how in _MERGES if heads <= most)
     return {
         "EACH": heads_of_merge(spec, rows),
         "KV_HEADS": spec.kv_heads,
@@ -264,10 +270,10 @@ def merge_constants(
         "D": spec.head_dim,
         "SHARED": shared,
         "SINKS": spec.sinks,
-        "SLOTS": 32 if few else 8,
-        "BD": 1 << (spec.head_dim - 1).bit_length(),
+        "SLOTS": slots,
+        "WIDTH": min(width, _padded(spec)),
         "EARLY": early,
-        "num_warps": 4 if few else 1,
+        "num_warps": warps,
     }
 
 
@@ -280,8 +286,9 @@ def heads_of_merge(spec: AttentionSpec, rows: int) -> int:
 
 def rows_of_merge(spec: AttentionSpec) -> tuple[int, ...]:
     """Query rows of batches that need, between them, every form of `merge`."""
-    few, one, group = _FEW // spec.heads, _PROGRAMS // spec.heads, _PROGRAMS // spec.kv_heads
-    return tuple(dict.fromkeys((max(few, 1), few + 1, one + 1, group + 1)))
+    ends = [most // spec.heads for most, *_ in _MERGES[:-1]]
+    ends += [_PROGRAMS // spec.heads, _PROGRAMS // spec.kv_heads]
+    return tuple(dict.fromkeys((max(ends[0], 1), *(end + 1 for end in ends))))
 
 
 def launch_merge(
@@ -294,11 +301,12 @@ def launch_merge(
         early: whether it may start before the kernel before it on the stream, `attend`, has ended
             (programmatic dependent launch).
     """
-    each = heads_of_merge(spec, len(x.q))
-    kernels.merge[(len(x.q), spec.heads // each)](
+    constants = merge_constants(spec, len(x.q), shared=shared, early=early)
+    heads = spec.heads // heads_of_merge(spec, len(x.q))
+    kernels.merge[(len(x.q), heads, ceil_div(spec.head_dim, constants["WIDTH"]))](
         *(lists.partial, lists.lse, x.out, x.sinks, lists.merges, lists.where, lists.taken),
         *x.out.stride()[:2],
-        **merge_constants(spec, len(x.q), shared=shared, early=early),
+        **constants,
         launch_pdl=early,
     )
 

@@ -1,13 +1,14 @@
 """The shared kernel's work list: packed nodes cut into chunks of keys and tiles of queries."""
 
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
 from sagellm_ir.runtime.accel.forest import Forest, Ints
-from sagellm_ir.runtime.accel.gate import Gate
+from sagellm_ir.runtime.accel.gate import Gate, ceil_div
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import Tile, tile_for
 
@@ -87,49 +88,39 @@ def plan_shared(
     A query's partials lie in the order of the keys, the same for all sequences of a node, since
     they have the same nodes above it.
     """
-    lists = [_queries(node.rows, q_start) for node in forest.nodes]
+    one_each = bool((q_start[1:] - q_start[:-1] == 1).all())
+    lists = [node.rows if one_each else _queries(node.rows, q_start) for node in forest.nodes]
     if not lists or sum(map(len, lists)) > limits.rows:
         return None
-    lengths = np.array([node.end - node.begin for node in forest.nodes])
-    queries = np.array([len(rows) for rows in lists])
-    tile = tile_for(
-        spec, gate.tile_rows(spec, list(zip(queries.tolist(), lengths.tolist(), strict=True)))
-    )
-    tiles = -(-queries * spec.group // tile.rows)
-    sizes = tuple(zip(lengths.tolist(), queries.tolist(), strict=True))
-    chunk = _chunk(spec, tile, sizes, int(q_start[-1]), limits)
-    if chunk is None:
+    sizes = tuple((node.queries, node.end - node.begin) for node in forest.nodes)
+    how = _cut(spec, gate, sizes, int(q_start[-1]), limits)
+    if how is None:
         return None
-    cuts = -(-lengths // chunk)
-    size = cuts * queries * spec.group
-    first_part = np.cumsum(size) - size
-    items = _items(spec, forest, queries, tiles, cuts, first_part, chunk)
-    slots, start, where = _where(spec, forest, lists, q_start, cuts, first_part)
+    tile, chunk = how
+    cuts = [ceil_div(tokens, chunk) for _, tokens in sizes]
+    written = (cut * queries * spec.group for cut, (queries, _) in zip(cuts, sizes, strict=True))
+    parts = [0, *accumulate(written)]
+    items = _items(spec, forest, tile.rows, cuts, parts, chunk)
+    slots, start, where = _where(spec, forest, lists, q_start, cuts, parts, one_each)
     rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
-    return SharedWork(tile.rows, items, rows, slots, start, where, int(size.sum()), chunk)
+    return SharedWork(tile.rows, items, rows, slots, start, where, parts[-1], chunk)
 
 
 def _items(
     spec: AttentionSpec,
     forest: Forest,
-    queries: Ints,
-    tiles: Ints,
-    cuts: Ints,
-    first_part: Ints,
+    tile_rows: int,
+    cuts: list[int],
+    parts: list[int],
     chunk: int,
 ) -> Ints:
     """The work items. Tiles of one chunk are neighbours: the first brings its pages to L2."""
-    count = tiles * cuts
-    items = np.zeros((int(count.sum()), ITEM_FIELDS), np.int32)
+    tiles = [ceil_div(node.queries * spec.group, tile_rows) for node in forest.nodes]
+    count = sum(cut * wide for cut, wide in zip(cuts, tiles, strict=True))
+    items = np.zeros((count, ITEM_FIELDS), np.int32)
     at, query = 0, 0
-    for node, many, wide, cut, part in zip(
-        forest.nodes,
-        queries.tolist(),
-        tiles.tolist(),
-        cuts.tolist(),
-        first_part.tolist(),
-        strict=True,
-    ):
+    for node, wide, cut, part in zip(forest.nodes, tiles, cuts, parts, strict=False):
+        many = node.queries
         mine = items[at : at + wide * cut].reshape(cut, wide, ITEM_FIELDS)
         begin = np.arange(node.begin, node.begin + cut * chunk, chunk)
         mine[:, :, 0] = node.rows[0]
@@ -144,14 +135,19 @@ def _items(
 
 
 def _where(
-    spec: AttentionSpec, forest: Forest, lists: list[Ints], q_start: Ints, cuts: Ints, parts: Ints
+    spec: AttentionSpec,
+    forest: Forest,
+    lists: list[Ints],
+    q_start: Ints,
+    cuts: list[int],
+    parts: list[int],
+    one_each: bool,
 ) -> tuple[Ints, Ints, Ints]:
     """`slots`, `where_start` and `where` of `SharedWork`."""
     new = q_start[1:] - q_start[:-1]
     slots = np.zeros(len(new), np.int32)
-    for node, cut in zip(forest.nodes, cuts.tolist(), strict=True):
+    for node, cut in zip(forest.nodes, cuts, strict=True):
         slots[node.rows] += cut
-    one_each = len(new) == q_start[-1] and new.min() == 1
     if one_each and sum(map(len, lists)) == np.count_nonzero(slots):
         return slots, *_flat_where(spec, lists, len(new), cuts, parts)
     taken = np.cumsum(new * slots)
@@ -160,7 +156,7 @@ def _where(
     of_token = np.repeat(slots, new)
     entry = np.repeat(start - q_start[:-1] * slots, new) + np.arange(len(of_token)) * of_token
     where = np.empty(taken[-1], np.int32)
-    for rows, cut, part in zip(lists, cuts.tolist(), parts.tolist(), strict=True):
+    for rows, cut, part in zip(lists, cuts, parts, strict=False):
         first = np.arange(part, part + len(rows) * spec.group, spec.group)
         mine = entry[rows]
         at = np.arange(cut)
@@ -170,11 +166,11 @@ def _where(
 
 
 def _flat_where(
-    spec: AttentionSpec, lists: list[Ints], batch: int, cuts: Ints, parts: Ints
+    spec: AttentionSpec, lists: list[Ints], batch: int, cuts: list[int], parts: list[int]
 ) -> tuple[Ints, Ints]:
     """`_where` when every sequence has one new token and at most one node: table by table."""
     start, tables, at = np.zeros(batch, np.int32), [], 0
-    for rows, cut, part in zip(lists, cuts.tolist(), parts.tolist(), strict=True):
+    for rows, cut, part in zip(lists, cuts, parts, strict=False):
         count = len(rows)
         start[rows] = np.arange(at, at + count * cut, cut, dtype=np.int32)
         last = part + cut * count * spec.group
@@ -188,27 +184,27 @@ def _queries(rows: Ints, q_start: Ints) -> Ints:
     """Query tokens of some sequences."""
     first: Ints = q_start[rows]
     count = q_start[rows + 1] - first
-    if (count == 1).all():
-        return first
     skip = np.repeat(np.cumsum(count) - count, count)
     found: Ints = (np.arange(count.sum()) - skip + np.repeat(first, count)).astype(np.int32)
     return found
 
 
 @lru_cache(maxsize=4096)
-def _chunk(
+def _cut(
     spec: AttentionSpec,
-    tile: Tile,
+    gate: Gate,
     nodes: tuple[tuple[int, int], ...],
     all_queries: int,
     limits: Limits,
-) -> int | None:
-    """The chunk length with the smallest `makespan` whose lists fit, as `schedule` on the device.
+) -> tuple[Tile, int] | None:
+    """The tile, and the chunk length with the smallest `makespan` whose lists fit, as `schedule` on
+    the device.
 
     Args:
-        nodes: length and query tokens of each. A server sees the same ones again and again.
+        nodes: query tokens and length of each. A server sees the same ones again and again.
     """
-    lengths, queries = np.array(nodes).T
+    tile = tile_for(spec, gate.tile_rows(spec, nodes))
+    queries, lengths = np.array(nodes).T
     tiles = -(-queries * spec.group // tile.rows)
     longest = int(lengths.max())
     sizes = -(-longest // (_PIECES * CHUNK)) * CHUNK
@@ -228,7 +224,7 @@ def _chunk(
         if not fits.any():
             return None
         cost = np.where(fits, cost, np.inf)
-    return int(sizes[cost.argmin()])
+    return tile, int(sizes[cost.argmin()])
 
 
 def item_cost(tile: Tile) -> int:

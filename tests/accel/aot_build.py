@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 def build(
     kernel: Any,
     spec: AttentionSpec,
-    constants: dict[str, object],
+    constants: Mapping[str, object],
     tile: Tile | None,
     shared: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def build(
     types |= dict.fromkeys(("batch", "item_cap", "part_cap"), "i32")
     types["sinks"] = data if spec.sinks else "constexpr"
     if not spec.sinks and "sinks" in kernel.arg_names:
-        constants = constants | {"sinks": None}
+        constants = {**constants, "sinks": None}
     signature = {}
     aligned = {}
     for index, name in enumerate(kernel.arg_names):
@@ -125,8 +125,8 @@ def main() -> None:
                 )
             found = build(kernel, spec, constants, tile, shared)
         elif name == "merge":
-            constants = merge_constants(spec, rows, shared=True, early=True)
-            found = build(kernels.merge, spec, constants, None)
+            of_merge = merge_constants(spec, rows, shared=True, early=True)
+            found = build(kernels.merge, spec, of_merge, None)
         else:
             constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
             found = build(kernels.schedule, spec, constants, None)

@@ -43,7 +43,7 @@ CASES: list[Case] = [
     *(("attend", EXTRAS, rows, rows == 64) for rows in (16, 64)),
     *(("attend", WIDE, rows, rows == 64) for rows in (16, 64)),
     ("attend", ODD, 16, False),
-    *(("merge", EXTRAS, rows, False) for rows in (1, 256, 4096)),
+    *(("merge", EXTRAS, rows, False) for rows in (1, 8, 32, 4096)),
     ("schedule", EXTRAS, 16, False),
 ]
 

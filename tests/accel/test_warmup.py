@@ -28,7 +28,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
     def merge(spec: Any, x: Any, *_: Any, shared: bool, early: bool) -> None:
         constants = merge_constants(spec, len(x.q), shared=shared, early=early)
-        found.add(("merge", constants["EACH"], constants["num_warps"], shared))
+        found.add(("merge", *constants.values()))
 
     def schedule(spec: Any, tile: Any, *_: Any, batch: int, **__: Any) -> None:
         found.add(("schedule", tile.rows, "one" if batch == 1 else batch % 16 == 0))

@@ -28,10 +28,10 @@ def merge(
     SHARED: tl.constexpr,
     SINKS: tl.constexpr,
     SLOTS: tl.constexpr,
-    BD: tl.constexpr,
+    WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Weigh the partials of `EACH` heads of a query row by their log-sum-exp (log2).
+    """Weigh the partials of `EACH` heads of a query row by their log-sum-exp (log2), `WIDTH` columns.
 
     `merges` has a row's partials as `schedule` put them: their number, how many of them lie where
     the host's table `where` says and from which entry on, and where the private ones are. One
@@ -53,14 +53,14 @@ def merge(
         tl.store(taken, 0)
         tl.store(taken + 1, 0)
     if slots != 1:
+        d = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
         if EARLY:
             gdc_wait()
-        d = tl.arange(0, BD)
         for each in range(EACH):
             head = block * EACH + each
             m = tl.full([], NEG_INF, tl.float32)
             den = tl.zeros([], tl.float32)
-            acc = tl.zeros([BD], tl.float32)
+            acc = tl.zeros([WIDTH], tl.float32)
             for at in range(0, slots, SLOTS):
                 slot = at + tl.arange(0, SLOTS)
                 part = private + slot * stride

@@ -40,8 +40,8 @@ def ordered(step: PlanStep, worker: WorkerMemory, work: list[Work]) -> list[Work
     def place(row: Work) -> tuple[bool, list[int], int]:
         name = row.sequence.request.id
         table = worker.table(name, row.stop)
-        return row.decode, *(
-            (groups.get(name, []), table.slot(row.start)) if row.decode else ([], 0)
-        )
+        if not row.decode:
+            return False, [], 0
+        return True, groups.get(name, []), table.slot(row.start)
 
     return sorted(work, key=place)

@@ -24,7 +24,7 @@ from machine import describe
 from rich.console import Console
 from rich.table import Table
 from serve_load import Chat, Load, Sample, chats, run_load
-from serve_process import Process, Usage, ours, started, vllm
+from serve_process import Process, ours, started, vllm
 from serve_public import public_load
 
 from sagellm_ir.runtime.engines.embedded.export import export_folder
@@ -178,7 +178,8 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Many short requests, some left by their clients: nothing may fail and nothing may stay."""
     with started("sageLLM", ours("O2", 512, options.threads)) as process:
         found: list[Sample] = []
-        marks: list[Usage] = []
+        marks = [process.usage()]
+        blocks = [_blocks(process)]
         left = options.soak
         while left > 0:
             count = min(left, max(options.clients, options.soak // 10))
@@ -188,7 +189,8 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             found += load.samples
             marks.append(process.usage())
             left -= count
-            print(f"{len(found)} requests, {marks[-1]}")
+            blocks.append(_blocks(process))
+            print(f"{len(found)} requests, {marks[-1]}, blocks {blocks[-1]}", flush=True)
         errors = [sample.error for sample in found if sample.error]
         state = httpx.get(f"{process.url}/info").json()["load"]
         whole = httpx.post(
@@ -203,7 +205,14 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         "load_at_the_end": state,
         "whole_pool_fits": whole.status_code == 200,
         "usage": [asdict(mark) for mark in marks],
+        "blocks": blocks,
     }
+
+
+def _blocks(process: Process) -> dict[str, int]:
+    """What becomes of the KV pool: blocks of running requests, of them and the cache, and all."""
+    load = httpx.get(f"{process.url}/info").json()["load"]
+    return {name: load[f"kv_{name}_blocks"] for name in ("used", "held", "capacity")}
 
 
 def _short(count: int, seed: int) -> list[Chat]:
@@ -236,7 +245,8 @@ def main() -> None:
     about = describe("torch", "fastapi", "uvicorn", "openai")
     if options.soak:
         result = soak(options)
-        print(json.dumps(result | {"usage": result["usage"][-1]}, indent=2))
+        told = {name: value for name, value in result.items() if name not in ("usage", "blocks")}
+        print(json.dumps(told, indent=2))
     else:
         rows = list(compare(options))
         about["load after"] = describe()["load"]

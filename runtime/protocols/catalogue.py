@@ -58,12 +58,16 @@ def schema(name: str) -> dict[str, Any]:
     """The JSON Schema of a type of `DATA`.
 
     Raises:
-        SageIRError: none is called so.
+        SageIRError: none is called so, or it is an interface.
     """
     for cls in DATA:
         if cls.__name__ == name:
             special = {ExecutionPlan: plan_schema, IRGraph: graph_schema}
             return special[cls]() if cls in special else schema_of(cls)
+    if name in [cls.__name__ for cls in INTERFACES]:
+        message = f"{name} is an interface: it is called, and never written as JSON"
+        help_ = "its members: docs/protocols.md, or `x-interfaces` of `sage infer schema dump`"
+        raise SageIRError(Diagnostic(message, help=help_))
     known = [cls.__name__ for cls in DATA]
     raise SageIRError(Diagnostic(f"no type is called {name!r}", help=suggest(name, known)))
 

@@ -25,6 +25,8 @@ class Cable:
         self.port = 0
         self.posts = 0
         """Requests that generate."""
+        self.lost = asyncio.Event()
+        """Set when it is cut."""
 
     async def __aenter__(self) -> "Cable":
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
@@ -36,6 +38,7 @@ class Cable:
 
     def cut(self) -> None:
         """Reset all connections, and listen no more."""
+        self.lost.set()
         if self._server is not None:
             self._server.close()
         for writer in self._writers:

@@ -115,7 +115,15 @@ class FakeExecutor:
 
     device_type = "cpu"
 
-    def __init__(self, model_path: str, cache_config: Any, misc_config: Any, **_: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        cache_config: Any,
+        misc_config: Any,
+        answer: Callable[[np.ndarray], int],
+        **_: Any,
+    ) -> None:
+        self.answer = answer
         self.cache_config, self.misc_config = cache_config, misc_config
         self.model_config = ModelConfig(
             hidden_size=64,
@@ -196,15 +204,22 @@ class FakeExecutor:
         answers = []
         for table, start, row in zip(tables, starts, rows, strict=True):
             at = np.arange(start + len(row))
-            answers.append(next_token(self.device[table[at // size], at % size]))
+            answers.append(self.answer(self.device[table[at // size], at % size]))
         return np.array(answers)
 
 
-def engine(**config: Any) -> Any:
-    """The genuine engine over a `FakeExecutor`, with 16-token blocks and prefix caching."""
+def engine(answer: Callable[[np.ndarray], int] = next_token, /, **config: Any) -> Any:
+    """The genuine engine over a `FakeExecutor`, with 16-token blocks and prefix caching.
+
+    Args:
+        answer: the token after a context.
+        config: of `PytorchEngineConfig`.
+    """
     defaults = {"block_size": BLOCK, "enable_prefix_caching": True, "session_len": 8192}
     defaults |= {"max_batch_size": 16, "num_gpu_blocks": 256, "max_prefill_token_num": 4096}
-    engine_module.build_executor = lambda path, **options: FakeExecutor(path, **options)
+    engine_module.build_executor = lambda path, **options: FakeExecutor(
+        path, answer=answer, **options
+    )
     engine_module.EngineChecker = lambda **_: types.SimpleNamespace(handle=lambda: None)
     return engine_module.Engine(".", PytorchEngineConfig(**{**defaults, **config}))
 

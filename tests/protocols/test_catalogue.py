@@ -67,6 +67,11 @@ def test_a_wrong_word_is_no_value_of_the_schema() -> None:
         from_json(KVCacheSchema, json.dumps(wrong))
 
 
+def test_an_interface_has_no_schema_and_says_so() -> None:
+    with pytest.raises(SageIRError, match=r"is an interface.*\n.*protocols\.md"):
+        schema(INTERFACES[0].__name__)
+
+
 def test_a_graph_is_what_its_schema_says() -> None:
     graph = json.loads(graph_to_json(parse_graph(GRAPH)))
     jsonschema.validate(graph, schema("IRGraph"))

@@ -132,9 +132,9 @@ def _children(pid: int) -> list[int]:
 
 
 def _serve(options: dict[str, int | str], host: str, port: int) -> None:
-    # As our commands do, before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    from sagellm_ir.runtime.native import set_defaults
+
+    set_defaults()  # as our commands do, before torch is loaded
     import torch
 
     from sagellm_ir.runtime import SageLLMEngine

@@ -1,6 +1,5 @@
 """The `sagellm-ir` command. `main` runs it; `app` is what hosts mount."""
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sagellm_ir.cli import backend, config, explain, gateway, ir, llm, patches, plan, run, schema
+from sagellm_ir.runtime.native import set_defaults
 
 __all__ = ["app", "main"]
 
@@ -61,10 +61,7 @@ def main(
     Returns:
         0 when all went well, 1 for bad input, 2 for wrong usage, 130 when interrupted.
     """
-    # OpenMP threads that spin while they wait stall each other on a busy machine; ones that sleep at
-    # once wake too late for the next of a forward's thousand short products. About 50 us, then.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    set_defaults()
     try:
         commands(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
     except SystemExit as stop:

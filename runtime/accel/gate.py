@@ -19,11 +19,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_RATES = {16: 0.21, 32: 0.32, 64: 0.78}
+_RATES = {16: 0.195, 32: 0.3, 64: 0.72}
 """Arithmetic of small tiles, as a share of what tiles of 128 rows do, measured on an H200."""
 _READS = {64: 0.95}
 """Bandwidth of tiles, as a share of what the others reach, measured on an H200."""
-_STARTS = {16: 3e-6, 32: 3e-6, 128: 7e-6}
+_STARTS = {16: 3e-6, 32: 3e-6, 128: 4.5e-6}
 """What tiles cost that leave no room on an SM for private programs beside them, seconds, measured on an
 H200: the private part then runs after them; and one of 128 rows takes long to start."""
 
@@ -40,7 +40,7 @@ class Gate:
     """HBM, bytes/s."""
     reread: float = 7.0e12
     """Pages that other programs read at about the same time, from L2, bytes/s."""
-    flops: float = 5.2e14
+    flops: float = 5.6e14
     """Matrix arithmetic of packed tiles of 128 rows, padding included, FLOP/s."""
     launch: float = 1.0e-6
     """What sharing costs a layer before anything is read: a kernel, a merge; seconds."""

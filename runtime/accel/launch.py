@@ -3,12 +3,14 @@
 import torch
 from attrs import frozen
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.gate import ceil_div
 from sagellm_ir.runtime.accel.spec import AttentionSpec
-from sagellm_ir.runtime.accel.tiles import Tile
+from sagellm_ir.runtime.accel.tiles import Tile, without_roles
 from sagellm_ir.runtime.accel.worklist import (
     CHUNK,
     CHUNKS,
@@ -24,6 +26,8 @@ __all__ = [
     "Lists",
     "Tensors",
     "attend_constants",
+    "boxes",
+    "has_boxes",
     "heads_of_merge",
     "launch_attend",
     "launch_merge",
@@ -42,6 +46,9 @@ _MERGES = ((64, 4, 128, 32), (256, 1, 32, 32), (1024, 1, 16, 64), (1 << 62, 1, 8
 """Of up to so many heads of all rows: warps of a program of `merge`, partials that it takes at once,
 and columns. Few heads have many partials and leave room: many at once, by several programs a head.
 Many heads have few, and one warp each, so that more programs fit on an SM."""
+_BOX = [1, kernels.PAGE.value, 1, kernels.SPAN.value]
+_IN_BOX = NVMMASharedLayout(128, 16, rank=4)
+"""How a box lies in shared memory: as `attend_wide` wants its tiles."""
 
 
 def _padded(spec: AttentionSpec) -> int:
@@ -182,29 +189,31 @@ def attend_constants(
 
 
 def wide_constants(
-    spec: AttentionSpec,
-    tile: Tile,
-    k: Tensor,
-    v: Tensor,
-    *,
-    shared: bool,
-    early: bool,
-    beside: bool,
+    spec: AttentionSpec, tile: Tile, *, shared: bool, early: bool, beside: bool
 ) -> dict[str, object]:
     """The compile-time arguments of `attend_wide`."""
-    strides = stride_constants(k, v, k, v)
-    return {name: value for name, value in strides.items() if name[1] == "_"} | {
+    return {
         "SHARED": shared,
         "KV_HEADS": spec.kv_heads,
         "GROUP": spec.group,
         "D": spec.head_dim,
-        "BLOCK": spec.block_size,
         "BM": tile.rows,
         "BN": tile.keys,
         "STAGES": tile.stages,
         "EARLY": early,
         "BESIDE": beside,
     }
+
+
+def boxes(cache: Tensor) -> TensorDescriptor:
+    """What the copy engine needs to know of a cache, for boxes of 64 tokens and 64 columns of a head."""
+    return TensorDescriptor(cache, [*cache.shape], [*cache.stride()], _BOX, _IN_BOX)
+
+
+def has_boxes(cache: Tensor) -> bool:
+    """Whether the copy engine can read a cache: address and strides are multiples of 16 bytes."""
+    steps = (step * cache.itemsize for step in cache.stride()[:3])
+    return not any(number % 16 for number in (cache.data_ptr(), *steps))
 
 
 def launch_attend(
@@ -230,13 +239,16 @@ def launch_attend(
     chain = {"early": early, "beside": beside}
     # Triton's interpreter has no bfloat16 or float8 arithmetic.
     upcast = _interpreted() and (spec.dtype is torch.bfloat16 or spec.kv == "fp8")
-    if tile.wide and not _interpreted():
+    if tile.wide and (_interpreted() or not (has_boxes(x.k) and has_boxes(x.v))):
+        tile = without_roles(spec)
+    if tile.wide:
         kernels.attend_wide[(grid,)](
-            *(x.q, x.k, x.v, x.out, lists.partial, lists.lse, x.table, lists.rows, items, sizes),
+            *(x.q, boxes(x.k), boxes(x.v), x.out, lists.partial, lists.lse),
+            *(x.table, lists.rows, items, sizes),
             *(x.qk_scale, x.out_scale),
             *(x.q.stride()[:2] + x.out.stride()[:2]),
             x.table.stride(0),
-            **wide_constants(spec, tile, x.k, x.v, shared=shared, **chain),
+            **wide_constants(spec, tile, shared=shared, **chain),
             num_warps=tile.warps,
             maxnreg=tile.registers,
             launch_pdl=beside,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sagellm_ir.runtime.accel.spec import AttentionSpec
 
 
-__all__ = ["Tile", "tile_for", "tile_heights"]
+__all__ = ["Tile", "tile_for", "tile_heights", "without_roles"]
 
 
 @frozen
@@ -30,8 +30,7 @@ class Tile:
     """Registers per thread of the shared kernel, at most, in its plainest form: so few that a
     program with 16 private rows fits beside it. 0: as `registers`."""
     wide: bool = False
-    """Runs `kernels.attend_wide` on a device: `warps` compute half of the rows each, and as many
-    copy."""
+    """Runs `kernels.attend_wide` on a device: `warps` compute half of the rows each, and one copies."""
 
     @property
     def all_warps(self) -> int:
@@ -67,8 +66,7 @@ _MIDDLE_INT8 = (
     Tile(128, 32, 8, 3, 255, 1, beside=168),
 )
 _WARPS_APART = Tile(128, 128, 4, 3, 168, 1, wide=True)
-"""For attention without extras on Hopper. Not for short pages: the warps that copy have registers
-for two page ids, not for one a key."""
+"""For attention without extras on Hopper, and pages of 64 tokens: half a tile of keys."""
 _NARROW_PLAIN = (*_NARROW[:3], _WARPS_APART)
 _MIDDLE_PLAIN = (*_MIDDLE[:3], _WARPS_APART)
 _WIDE = (  # head_dim 256
@@ -90,6 +88,11 @@ def _tiles(spec: "AttentionSpec") -> tuple[Tile, ...]:
     tiles = _MIDDLE_INT8 if spec.kv == "int8" else _MIDDLE
     roomy = padded or (spec.kv == "fp8" and spec.block_size < 64)
     return (_ROOMY, *tiles[1:]) if roomy else tiles
+
+
+def without_roles(spec: "AttentionSpec") -> Tile:
+    """What stands in for the tile of `attend_wide` where that cannot run."""
+    return (_NARROW if spec.head_dim == 64 else _MIDDLE)[3]
 
 
 def tile_heights(spec: "AttentionSpec") -> tuple[int, ...]:

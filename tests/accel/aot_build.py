@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from sagellm_ir.runtime.accel import kernels
 from sagellm_ir.runtime.accel.launch import (
     attend_constants,
+    boxes,
     merge_constants,
     schedule_constants,
     stride_constants,
@@ -54,6 +55,7 @@ def build(
     types = {"q_ptr": data, "k_ptr": cache, "v_ptr": cache, "ks_ptr": scales, "vs_ptr": scales}
     types |= {"out_ptr": data, "part_ptr": "*fp32", "lse_ptr": "*fp32"}
     types |= {"qk_scale": "fp32", "out_scale": "fp32"}
+    types |= dict.fromkeys(("k_cache", "v_cache"), _boxes(spec))
     types |= dict.fromkeys(("batch", "item_cap", "part_cap"), "i32")
     types["sinks"] = data if spec.sinks else "constexpr"
     if not spec.sinks and "sinks" in kernel.arg_names:
@@ -92,6 +94,12 @@ def build(
     return found | {"copies": binary.asm["ptx"].count("cp.async.cg")}
 
 
+def _boxes(spec: AttentionSpec) -> str:
+    """The type of a descriptor of a cache."""
+    of = boxes(torch.empty(2, spec.block_size, spec.kv_heads, spec.head_dim, dtype=spec.dtype))
+    return f"tensordesc<{POINTER[spec.dtype][1:]}{of.block_shape},{of.layout!r}>"
+
+
 def everything() -> Iterator[tuple[str, dict[str, Any], int, bool]]:
     """Every `attend` without window, soft cap and sinks."""
     for head_dim, block, kv in itertools.product(HEAD_DIMS, BLOCK_SIZES, KV_FORMATS):
@@ -120,9 +128,7 @@ def main() -> None:
             kernel: Any = kernels.attend
             if tile.wide:
                 kernel = kernels.attend_wide
-                constants = wide_constants(
-                    *(spec, tile, cache, cache), shared=shared, early=True, beside=not shared
-                )
+                constants = wide_constants(spec, tile, shared=shared, early=True, beside=not shared)
             found = build(kernel, spec, constants, tile, shared)
         elif name == "merge":
             of_merge = merge_constants(spec, rows, shared=True, early=True)

@@ -16,5 +16,6 @@ from sagellm_ir.runtime.accel.kernels.attend import attend
 from sagellm_ir.runtime.accel.kernels.merge import merge
 from sagellm_ir.runtime.accel.kernels.schedule import schedule
 from sagellm_ir.runtime.accel.kernels.wide import attend_wide
+from sagellm_ir.runtime.accel.kernels.wide_copies import PAGE, SPAN
 
-__all__ = ["attend", "attend_wide", "merge", "schedule"]
+__all__ = ["PAGE", "SPAN", "attend", "attend_wide", "merge", "schedule"]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-unimported"
-"""`attend_wide`: `attend` for tiles of 128 rows, with warps that copy and warps that compute.
+"""`attend_wide`: `attend` for tiles of 128 rows, with a warp that copies and warps that compute.
 
 The roles, and the softmax beside a product, after FlashAttention-3 (arXiv 2407.08608).
 """
@@ -15,19 +15,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sagellm_ir.runtime.accel.kernels.common import NEG_INF
-from sagellm_ir.runtime.accel.kernels.wide_copies import bounds, item, produce
+from sagellm_ir.runtime.accel.kernels.wide_copies import PAGE, SPAN, bounds, held, item, produce
 
 __all__ = ["attend_wide"]
+
+
+@gluon.jit
+def _by_thread(s, BN: gl.constexpr):
+    """A row as its four threads hold it: axis 3 is the thread, the others are what it has.
+
+    Reduced axis after axis, a row is a few short chains of dependent instructions, not a long one.
+    """
+    return s.reshape([64, 4, BN // 32, 4, 2])
+
+
+@gluon.jit
+def _sums(s, BN: gl.constexpr):
+    """Of each row, the sums of its four threads. They meet once, behind the loop."""
+    return gl.sum(gl.sum(gl.sum(_by_thread(s, BN), 4), 2), 1)
 
 
 @gluon.jit
 def _soften(s, m, high, at, hi, qk_scale, MASKED: gl.constexpr, BN: gl.constexpr, S: gl.constexpr):
     """One step of the online softmax: weights, their maximum so far, what older ones shrink by."""
     if MASKED:
-        pos = at + gl.arange(0, BN, gl.SliceLayout(0, S))
-        seen = (pos[None, :] <= high[:, None]) & (pos < hi)[None, :]
-        s = gl.where(seen, s, NEG_INF)
-    m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
+        column = gl.arange(0, BN, gl.SliceLayout(0, S))
+        skipped = PAGE - gl.where(column < PAGE, held(at, hi), held(at + PAGE, hi))
+        there = column % PAGE >= skipped
+        seen = (at + column - skipped)[None, :] <= high[:, None]
+        s = gl.where(seen & there[None, :], s, NEG_INF)
+    of_threads = gl.max(gl.max(gl.max(_by_thread(s, BN), 4), 2), 1)
+    m_new = gl.maximum(m, gl.convert_layout(gl.max(of_threads, 1), m.type.layout) * qk_scale)
     base = m_new
     if MASKED:
         base = gl.where(m_new == NEG_INF, 0.0, m_new)
@@ -49,12 +67,13 @@ def _consume(
 ):
     """Attention of 64 rows of each tile.
 
-    In turn `j` the scores of tile `j` and the output of tile `j - 1` are started; as soon as the
-    scores are there their softmax runs, beside the product for the output.
+    Backwards from the last tile of keys, so that the tiles that need masks come first. In turn `j` the
+    scores of one tile and the output of the tile before are started; as soon as the scores are there
+    their softmax runs, beside the product for the output.
     """
-    q_tiles, of_keys, of_values, tensors, numbers = inputs
-    k_tiles, k_full, k_empty = of_keys
-    v_tiles, v_full, v_empty = of_values
+    q_tiles, of_keys, of_values, done, tensors, numbers = inputs
+    k_tiles, k_full = of_keys
+    v_tiles, v_full = of_values
     q_ptr, out_ptr, part_ptr, lse_ptr, rows, items, sizes = tensors
     qk_scale, out_scale, q_row_stride, q_head_stride, out_row_stride, out_head_stride = numbers
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -98,16 +117,19 @@ def _consume(
         keys = k_tiles.index(turn % STAGES).permute((1, 0))
         s = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
-        s, m, shrink = _soften(s, m, high, lo, hi, qk_scale, True, BN, S)
-        den = gl.sum(s, 1)
+        mbarrier.arrive(done.index(turn % STAGES), count=1)
+        last = lo + (count - 1) * BN
+        s, m, shrink = _soften(s, m, high, last, hi, qk_scale, True, BN, S)
+        den = _sums(s, BN)
         p = gl.convert_layout(s.to(dtype), P)
 
-        for phase in gl.static_range(2):
+        # Of a shared chunk all rows see all keys: only its last tile can have too many.
+        for phase in gl.static_range(1 if SHARED else 0, 2):
             first = 1
-            stop = free
+            stop = gl.maximum(count - free, 1)
             if phase == 1:
-                first = gl.maximum(free, 1)
+                if not SHARED:
+                    first = stop
                 stop = count
             for j in range(first, stop):
                 now = turn + j
@@ -119,11 +141,10 @@ def _consume(
                 values = v_tiles.index(before % STAGES)
                 weighed = warpgroup_mma(p, values, acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(k_empty.index(now % STAGES), count=1)
-                # Here, and not behind the wait below: what follows that wait, ptxas moves up.
-                mbarrier.arrive(v_empty.index((now - 2) % STAGES), count=1, pred=j > 1)
-                s, m, shrink = _soften(s, m, high, lo + j * BN, hi, qk_scale, phase == 1, BN, S)
-                den = den * shrink + gl.sum(s, 1)
+                mbarrier.arrive(done.index(now % STAGES), count=1)
+                s, m, shrink = _soften(s, m, high, last - j * BN, hi, qk_scale, phase == 0, BN, S)
+                shrunk = gl.convert_layout(shrink, gl.SliceLayout(1, den.type.layout))
+                den = den * shrunk[:, None] + _sums(s, BN)
                 fresh = gl.convert_layout(s.to(dtype), P)
                 acc, p, fresh = warpgroup_mma_wait(0, deps=[weighed, p, fresh])
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
@@ -133,12 +154,10 @@ def _consume(
         before = turn - 1
         mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
         weighed = warpgroup_mma(p, v_tiles.index(before % STAGES), acc, is_async=True)
-        mbarrier.arrive(v_empty.index((before - 1) % STAGES), count=1, pred=count > 1)
         acc = warpgroup_mma_wait(0, deps=[weighed])
-        mbarrier.arrive(v_empty.index(before % STAGES), count=1)
 
         m = gl.convert_layout(m, gl.SliceLayout(1, O))
-        den = gl.convert_layout(den, gl.SliceLayout(1, O))
+        den = gl.convert_layout(gl.sum(den, 1), gl.SliceLayout(1, O))
         some = den > 0.0
         o = acc * (out_scale / gl.where(some, den, 1.0))[:, None]
         r0 = gl.arange(0, 64, gl.SliceLayout(1, O))
@@ -168,8 +187,8 @@ def _consume(
 @gluon.jit(do_not_specialize=["table_stride"])
 def attend_wide(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_cache,
+    v_cache,
     out_ptr,
     part_ptr,
     lse_ptr,
@@ -184,24 +203,19 @@ def attend_wide(
     out_row_stride,
     out_head_stride,
     table_stride,
-    k_page_stride: gl.constexpr,
-    k_row_stride: gl.constexpr,
-    k_head_stride: gl.constexpr,
-    v_page_stride: gl.constexpr,
-    v_row_stride: gl.constexpr,
-    v_head_stride: gl.constexpr,
     SHARED: gl.constexpr,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     D: gl.constexpr,
-    BLOCK: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
     BESIDE: gl.constexpr,
 ):
-    """See `attend`. Four warps copy, two times four compute 64 rows each of a tile of 128.
+    """See `attend`. One warp copies, two times four compute 64 rows each of a tile of 128.
+
+    The caches come as descriptors of boxes of `PAGE` rows and `SPAN` columns of one page and head.
 
     Items are dealt: program `i` takes every `num_programs`-th from the `i`-th on.
     """
@@ -211,51 +225,37 @@ def attend_wide(
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], TILE)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
+    # Side by side, the boxes of a tile are the tile.
+    BOXES: gl.constexpr = STAGES * (D // SPAN) * 2
+    BOX: gl.constexpr = [BOXES, 1, PAGE, 1, SPAN]
+    k_boxes = gl.allocate_shared_memory(dtype, BOX, k_cache.layout)
+    v_boxes = gl.allocate_shared_memory(dtype, BOX, v_cache.layout)
+    k_tiles = k_boxes._reinterpret(dtype, [STAGES, BN, D], TILE)
+    v_tiles = v_boxes._reinterpret(dtype, [STAGES, BN, D], TILE)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=128)
-        mbarrier.init(v_full.index(stage), count=128)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    keys = k_tiles, k_full, k_empty
-    values = v_tiles, v_full, v_empty
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=2)
+    keys = k_tiles, k_full
+    values = v_tiles, v_full
     tensors = (q_ptr, out_ptr, part_ptr, lse_ptr, rows, items, sizes)
     numbers = (qk_scale, out_scale, q_row_stride, q_head_stride, out_row_stride, out_head_stride)
-    consumer = (q_tiles, keys, values, tensors, numbers)
-    producer = (keys, values, k_ptr, v_ptr, table, items, sizes, table_stride)
+    consumer = (q_tiles, keys, values, done, tensors, numbers)
+    of_keys = k_cache, k_boxes, k_full
+    of_values = v_cache, v_boxes, v_full
+    producer = (of_keys, of_values, done, table, items, sizes, table_stride)
     # What is known when compiling is lost in a tuple that has a name.
     gl.warp_specialize(
         [
             (_consume, (0, consumer, SHARED, KV_HEADS, GROUP, D, BM, BN, STAGES)),
             (_consume, (1, consumer, SHARED, KV_HEADS, GROUP, D, BM, BN, STAGES)),
-            (
-                produce,
-                (
-                    producer,
-                    k_page_stride,
-                    k_row_stride,
-                    k_head_stride,
-                    v_page_stride,
-                    v_row_stride,
-                    v_head_stride,
-                    SHARED,
-                    KV_HEADS,
-                    GROUP,
-                    D,
-                    BLOCK,
-                    BM,
-                    BN,
-                    STAGES,
-                ),
-            ),
+            (produce, (producer, SHARED, KV_HEADS, GROUP, D, BM, BN, STAGES)),
         ],
-        [4, 4],
-        [224, 56],
+        [4, 1],
+        [240, 24],
     )
     if BESIDE:
         gdc_wait()

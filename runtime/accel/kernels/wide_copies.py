@@ -1,13 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-unimported"
-"""The warps of `attend_wide` that copy keys and values to shared memory, ahead of those that compute."""
+"""The warp of `attend_wide` that has keys and values copied to shared memory, ahead of those that compute."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS
 
-__all__ = ["bounds", "item", "produce"]
+__all__ = ["PAGE", "SPAN", "bounds", "held", "item", "produce"]
+
+PAGE = gl.constexpr(64)
+"""Tokens of a page, and rows of a box that the copy engine fetches."""
+SPAN = gl.constexpr(64)
+"""Columns of such a box: 128 bytes, the width of a swizzled row."""
 
 
 @gluon.jit
@@ -37,79 +42,78 @@ def bounds(lo, hi, end, q_len, tile, SHARED: gl.constexpr, GROUP: gl.constexpr, 
 
 
 @gluon.jit
-def _pages(table, at, hi, BLOCK: gl.constexpr, BN: gl.constexpr, LOAD: gl.constexpr):
-    """Page ids of the tile of keys at `at`: of its one or two pages, else one for each key."""
-    if BN <= 2 * BLOCK:
-        first = gl.load(table + at // BLOCK, mask=at < hi, other=0)
-        second = first
-        if BN > BLOCK:
-            second = gl.load(table + at // BLOCK + 1, mask=at + BLOCK < hi, other=0)
-    else:
-        key = at + gl.arange(0, BN, gl.SliceLayout(1, LOAD))
-        first = gl.load(table + key // BLOCK, mask=key < hi, other=0)
-        second = first
+def held(at, hi):
+    """How many of the tokens of the page at `at` lie before `hi`."""
+    return gl.minimum(gl.maximum(hi - at, 0), PAGE)
+
+
+@gluon.jit
+def _pages(table, at, hi):
+    """Page ids of the tile of keys at `at`."""
+    first = gl.load(table + at // PAGE, mask=at < hi, other=0)
+    second = gl.load(table + at // PAGE + 1, mask=at + PAGE < hi, other=0)
     return first, second
 
 
 @gluon.jit
 def _copy(
     turn,
-    to,
-    base,
+    of,
+    done,
+    head,
     pages,
     at,
     hi,
-    page_stride: gl.constexpr,
-    row_stride: gl.constexpr,
-    BLOCK: gl.constexpr,
+    KEPT: gl.constexpr,
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    LOAD: gl.constexpr,
 ):
-    """Start the copy of a tile of keys or values when its place is free; zeros behind `hi`."""
-    tiles, full, empty = to
+    """Start the copy of tile `turn` of keys or values when its place is free.
+
+    That is when turn `turn - STAGES + KEPT` is done, whose products were the last to read it.
+
+    Of a page that has `n` tokens before `hi` the box begins `PAGE - n` rows before it. The copy engine
+    puts zeros there, so tokens that nobody sees are not read; those that are lie at the end.
+    """
+    cache, boxes, full = of
     first, second = pages
-    key = gl.arange(0, BN, gl.SliceLayout(1, LOAD))
-    d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    page = first.to(gl.int64) * page_stride
-    if BN == 2 * BLOCK:
-        page = gl.where(key < BLOCK, page, second.to(gl.int64) * page_stride)
-    if BN == BLOCK:
-        source = base + page + (key[:, None] * row_stride + d[None, :])
-    else:
-        source = (base + page + key % BLOCK * row_stride)[:, None] + d[None, :]
+    freed = turn + KEPT
+    mbarrier.wait(done.index(freed % STAGES), (freed // STAGES & 1) ^ 1)
     place = turn % STAGES
-    mbarrier.wait(empty.index(place), (turn // STAGES & 1) ^ 1)
-    inside = (at + key < hi)[:, None]
-    async_copy.async_copy_global_to_shared(tiles.index(place), source, mask=inside)
-    async_copy.mbarrier_arrive(full.index(place), increment_count=False)
+    ready = full.index(place)
+    mbarrier.expect(ready, 2 * BN * D)
+    row = held(at, hi) - PAGE
+    later = held(at + PAGE, hi) - PAGE
+    EACH: gl.constexpr = D // SPAN
+    for k in gl.static_range(EACH):
+        box = (place * EACH + k) * 2
+        tma.async_copy_global_to_shared(
+            cache, [first, row, head, k * SPAN], ready, boxes.index(box)
+        )
+        tma.async_copy_global_to_shared(
+            cache, [second, later, head, k * SPAN], ready, boxes.index(box + 1)
+        )
 
 
 @gluon.jit
 def produce(
     inputs,
-    k_page_stride: gl.constexpr,
-    k_row_stride: gl.constexpr,
-    k_head_stride: gl.constexpr,
-    v_page_stride: gl.constexpr,
-    v_row_stride: gl.constexpr,
-    v_head_stride: gl.constexpr,
     SHARED: gl.constexpr,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     D: gl.constexpr,
-    BLOCK: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Bring the tiles of keys and values to shared memory, in the order in which they are used.
 
-    Of keys and of values: tiles, and barriers that say of each whether it is full or empty.
+    Of keys and of values: the cache, boxes of half a tile's rows, and barriers that say of each tile
+    whether it is there. Turn `j` reads the keys of tile `j` and, beside its softmax, the values of tile
+    `j - 1`: those of tile `j - 2` are done with as soon as it has its scores, and it says so then.
     """
-    keys, values, k_ptr, v_ptr, table, items, sizes, table_stride = inputs
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    keys, values, done, table, items, sizes, table_stride = inputs
     index = gl.program_id(0)
     todo = gl.load(sizes) * KV_HEADS
     turn = 0
@@ -119,30 +123,16 @@ def produce(
         hi, _seen = bounds(lo, hi, end, q_len, tile, SHARED, GROUP, BM)
         count = gl.maximum(gl.cdiv(hi - lo, BN), 1)
         pages_of = table + owner.to(gl.int64) * table_stride
-        k_base = k_ptr + head * k_head_stride
-        v_base = v_ptr + head * v_head_stride
-        older = _pages(pages_of, lo, hi, BLOCK, BN, LOAD)
-        _copy(
-            *(turn, keys, k_base, older, lo, hi, k_page_stride, k_row_stride),
-            *(BLOCK, BN, D, STAGES, LOAD),
-        )
-        newer = _pages(pages_of, lo + BN, hi, BLOCK, BN, LOAD)
-        for j in range(1, count):
-            at = lo + j * BN
-            _copy(
-                *(turn + j, keys, k_base, newer, at, hi, k_page_stride, k_row_stride),
-                *(BLOCK, BN, D, STAGES, LOAD),
-            )
-            _copy(
-                *(turn + j - 1, values, v_base, older, at - BN, hi, v_page_stride, v_row_stride),
-                *(BLOCK, BN, D, STAGES, LOAD),
-            )
-            older = newer
-            newer = _pages(pages_of, at + BN, hi, BLOCK, BN, LOAD)
-        turn += count
         at = lo + (count - 1) * BN
-        _copy(
-            *(turn - 1, values, v_base, older, at, hi, v_page_stride, v_row_stride),
-            *(BLOCK, BN, D, STAGES, LOAD),
-        )
+        older = _pages(pages_of, at, hi)
+        _copy(turn, keys, done, head, older, at, hi, 0, BN, D, STAGES)
+        newer = _pages(pages_of, gl.maximum(at - BN, lo), hi)
+        for j in range(1, count):
+            at -= BN
+            _copy(turn + j, keys, done, head, newer, at, hi, 0, BN, D, STAGES)
+            _copy(turn + j - 1, values, done, head, older, at + BN, hi, 2, BN, D, STAGES)
+            older = newer
+            newer = _pages(pages_of, gl.maximum(at - BN, lo), hi)
+        turn += count
+        _copy(turn - 1, values, done, head, older, at, hi, 2, BN, D, STAGES)
         index += gl.num_programs(0)

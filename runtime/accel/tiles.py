@@ -23,7 +23,7 @@ class Tile:
     stages: int
     """Of the software pipeline."""
     registers: int
-    """Per thread, at most; nothing is spilled."""
+    """Per thread, at most; nothing is spilled in the loops over keys."""
     ctas: int
     """Programs that one SM of an H100 or H200 holds at once."""
     beside: int = 0

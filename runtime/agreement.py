@@ -1,6 +1,7 @@
 """`agreement`: one plan on every engine there is, each in a process of its own; what each answered and ran."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -179,7 +180,9 @@ def _run(kind: str, python: str, model: str, folder: Path, dtype: str) -> _Run:
     words = ("--plan", folder / f"{dtype}.json", "--engine", kind, "--model", model, "--ignore-eos")
     words += ("--dtype", dtype, "--trace", trace, "-o", answers)
     command = (python, "-m", "sagellm_ir", "run", *words)
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    # Triton rounds float32 to fewer bits in products, unless it is told not to.
+    exact = os.environ | ({"TRITON_F32_DEFAULT": "ieee"} if dtype == FULL else {})
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=exact)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise SageIRError(Diagnostic(f"{kind} ended with {done.returncode}: {' '.join(said[-3:])}"))

@@ -114,7 +114,7 @@ class Epochs:
                 self.newest = steps.fragment.plan
                 return
             except SageIRError as error:
-                if len(jobs) < 2 and not len(steps.batch):
+                if len(jobs) < 2 and not len(steps.batch) and not steps.spent:
                     raise
                 logger.debug("epoch %d: %d requests: %s", self.count, len(jobs), error)
             for job in jobs[len(jobs) // 2 :]:

@@ -133,7 +133,7 @@ class OnlinePlanner:
 
     def end(self, name: str, tokens: Sequence[int] | None = None) -> None:
         """A request has ended, in whatever way. No step is in flight that names it, but where the
-        engine gives out blocks by itself.
+        engine gives out blocks by itself, or runs what is in flight before anything that follows.
 
         Args:
             name: of the request; nothing happens when it is not known.
@@ -157,11 +157,12 @@ class OnlinePlanner:
         self._epochs.hidden -= seen.keys()
         return self.advance(lambda name: seen[name].generated)
 
-    def advance(self, answered: Callable[[str], int]) -> PlanStep | None:
+    def advance(self, answered: Callable[[str], int | None]) -> PlanStep | None:
         """`next_step` for who says `end` of what has ended, and `meet` of what has come.
 
         Args:
-            answered: the tokens that a request's answer has so far.
+            answered: the tokens that a request's answer has so far, those of forwards in flight
+                included; None where the last of them is in flight, and `end` will be said.
         """
         steps = self._steps
         if steps.spent:
@@ -174,7 +175,7 @@ class OnlinePlanner:
             step = steps.planned()
         if step is None and len(steps.batch):
             step = steps.decode()
-        elif step is None and steps.rows:
+        elif step is None and steps.rows and not steps.spent:
             # Each holds what another one needs.
             for row in list(steps.rows.values()):
                 steps.requeue(row.job)

@@ -103,13 +103,14 @@ class Steps:
         self.rested = 0.0
         return step
 
-    def settle(self, answered: Callable[[str], int]) -> None:
-        """Nothing is in flight. Requests that have their planned tokens: what is not over is
-        planned again."""
-        for name in self.spent:
+    def settle(self, answered: Callable[[str], int | None]) -> None:
+        """Requests that have their planned tokens: what is not over is planned again. Those whose
+        last token is in flight (None) are left as they are."""
+        told = {name: count for name in self.spent if (count := answered(name)) is not None}
+        for name, count in told.items():
             row = self.rows[name]
             job = row.job
-            job.answered = answered(name)
+            job.answered = count
             if job.answered < job.request.max_new_tokens:
                 size = self.target.block_size
                 row.computed = min(job.known - 1, len(row.table) * size)
@@ -119,7 +120,7 @@ class Steps:
             else:  # The engine will say that it has ended.
                 del self.rows[name]
                 self.ledger[DEVICE].drop(row.table)
-        self.spent.clear()
+            del self.spent[name]
         self.late.clear()
 
     def hold(self, row: Row, decl: RequestDecl) -> Held | None:

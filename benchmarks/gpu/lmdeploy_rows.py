@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 __all__ = ["KERNELS_WARM_UP", "ROWS", "WARM_UP", "Answered", "Client", "Row", "Run"]
 
@@ -115,11 +115,15 @@ class Row:
     make: Callable[[Client], Callable[[Client], Awaitable[list[Answered]]]]
     prompts: Callable[[Client], Sequence[Ids]] | None = None
     """Of rows whose prompts are known beforehand, by name (0, 1, ...)."""
+    before: Callable[[Client], Ids] | None = None
+    """What is asked before the clock starts, so that it is in the cache whatever ran before."""
 
     async def run(self, client: Client, repetition: int = 0) -> Run:
         """Run it once."""
         client.rng = np.random.default_rng((self.seed, repetition))
         client.repetition = repetition
+        if self.before is not None:
+            await client.ask("before", self.before(client), 2)
         work = self.make(client)
         began = time.perf_counter()
         answers = await work(client)
@@ -186,12 +190,17 @@ def _shared(
     """Requests of one prefix and 128 tokens of their own. The prefix is of a length and count; when
     repeated, a cold row takes another one."""
 
-    def prompts(client: Client) -> Sequence[Ids]:
+    def start(client: Client) -> Ids:
         rng = np.random.default_rng((prefix, count, client.repetition if cold else 0))
-        start: Ids = rng.integers(1000, 150_000, prefix).tolist()
-        return [start + client.ids(128) for _ in range(count)]
+        found: Ids = rng.integers(1000, 150_000, prefix).tolist()
+        return found
 
-    return _at_once(name, seed, prompts, new)
+    def prompts(client: Client) -> Sequence[Ids]:
+        shared = start(client)
+        return [shared + client.ids(128) for _ in range(count)]
+
+    row = _at_once(name, seed, prompts, new)
+    return row if cold else evolve(row, before=start)
 
 
 def _mixed(count: int, rate: float, new: int) -> Any:

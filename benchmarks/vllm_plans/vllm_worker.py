@@ -20,7 +20,7 @@ from vllm_workloads import Session, make
 from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
 
-PLANNED = ("scheduler_cls", "kv_transfer_config", "async_scheduling", "disable_cascade_attn")
+PLANNED = ("scheduler_cls", "kv_transfer_config", "disable_cascade_attn")
 """What makes vLLM's settings those of an engine that plans drive."""
 
 
@@ -31,6 +31,7 @@ def start(task: dict[str, Any]) -> Any:
     with _environment():
         settings = engine_settings(folder, target, task["dtype"])
         settings |= {"skip_tokenizer_init": True, "seed": 0}
+        settings["async_scheduling"] = None  # vLLM chooses, for both
         if task["planned"]:
             settings["additional_config"] = {
                 "sagellm_pipeline": task["pipeline"],

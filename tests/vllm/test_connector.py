@@ -4,6 +4,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanConnector
@@ -57,8 +58,27 @@ def test_within_a_tier_all_is_read_before_it_is_written() -> None:
         assert torch.equal(layer[1:], old[:3])
 
 
-def test_a_block_lies_in_the_host_as_on_the_device() -> None:
-    made = connector(layers(3), 5)
-    host, device = made._tiers[HOST][0], made._tiers[DEVICE][0]
-    assert host.shape[1:] == device.shape[1:]
-    assert host.stride()[2:] == device.stride()[2:]
+def test_many_blocks_are_staged_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between tiers, and on the way between two that are not the device."""
+    monkeypatch.setattr("sagellm_ir.runtime.engines.vllm.connector.STAGED", 1000)  # two blocks
+    device = layers(9)
+    before = [layer.clone() for layer in device]
+    made = connector(device, 9)
+    there, shifted = Copy(DEVICE, HOST, range(9), range(9)), Copy(HOST, HOST, range(8), range(1, 9))
+    back = Copy(HOST, DEVICE, range(9), range(9))
+    made._get_connector_metadata = lambda: SimpleNamespace(copies=(there, shifted, back))
+    made.start_load_kv(None)
+    for layer, old in zip(device, before, strict=True):
+        assert torch.equal(layer[1:], old[:8])
+        assert torch.equal(layer[0], old[0])
+
+
+def test_layers_of_several_types() -> None:
+    device = [torch.rand(5, 3, 8), torch.randint(0, 99, (5, 4), dtype=torch.uint8)]
+    before = [layer.clone() for layer in device]
+    made = connector(device, 2)
+    copies = Copy(DEVICE, HOST, (4, 2), (0, 1)), Copy(HOST, DEVICE, (0, 1), (0, 1))
+    made._get_connector_metadata = lambda: SimpleNamespace(copies=copies)
+    made.start_load_kv(None)
+    for layer, old in zip(device, before, strict=True):
+        assert torch.equal(layer, old[[4, 2, 2, 3, 4]])

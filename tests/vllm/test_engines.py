@@ -37,7 +37,7 @@ def test_vllms_own_entry_point(
     """`LLM(scheduler_cls=...)`, planned online: nothing of ours but the scheduler and connector."""
     loaded.backend.close()  # type: ignore[attr-defined]
     ours = engine_settings(folder, loaded.target, "float32")
-    keys = ("scheduler_cls", "kv_transfer_config", "async_scheduling")
+    keys = ("scheduler_cls", "kv_transfer_config")
     more = {key: ours[key] for key in keys} | {"max_num_seqs": 3, "max_num_batched_tokens": 96}
     requests = workload()
     prompts = [{"prompt_token_ids": list(tokens_of(request))} for request in requests]

@@ -1,5 +1,7 @@
 """A `PlanScheduler` without an engine around it."""
 
+from collections import deque
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ from vllm.v1.request import Request
 from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
 from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
 from sagellm_ir.target import DEVICE, HOST, Device, ModelSpec, Target, Tier
+from tests.vllm.worker import SymbolicWorker
 
 BLOCK = 4
 SPEC = ModelSpec("unit", 2, 64, 4, 2, 16, 128, 50)
@@ -28,7 +31,9 @@ def target(blocks: int, host: int = 64, tokens: int = 24, batch: int = 3) -> Tar
     )
 
 
-def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
+def make(
+    aim: Target, cascade: bool = True, asynchronous: bool = False, **config: Any
+) -> PlanScheduler:
     """The scheduler that vLLM would make for such an engine; `config` changes vLLM's configuration.
 
     Its configuration has the attributes that the scheduler reads.
@@ -65,7 +70,7 @@ def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
         "scheduler_config": SimpleNamespace(
             max_num_batched_tokens=aim.max_tokens,
             max_num_seqs=aim.max_batch,
-            async_scheduling=False,
+            async_scheduling=asynchronous,
         ),
         "parallel_config": SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1
@@ -77,8 +82,51 @@ def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
 
 
 def request(
-    name: str, prompt: tuple[int, ...], new: int, salt: str | None = None, **extra: Any
+    name: str,
+    prompt: tuple[int, ...],
+    new: int,
+    salt: str | None = None,
+    stop: Sequence[int] = (),
+    **extra: Any,
 ) -> Request:
-    """vLLM's record of a request."""
-    params = SamplingParams(max_tokens=new, ignore_eos=True, extra_args={PLAN_NAME: name, **extra})
+    """vLLM's record of a request; any of `stop` ends its answer."""
+    params = SamplingParams(
+        max_tokens=new,
+        ignore_eos=True,
+        stop_token_ids=list(stop),
+        extra_args={PLAN_NAME: name, **extra},
+    )
     return Request(f"{name}-internal", list(prompt), params, None, cache_salt=salt)
+
+
+class Core:
+    """vLLM's loop around a scheduler and a worker; an asynchronous one asks for a forward before the
+    one before has answered."""
+
+    def __init__(self, aim: Target, asynchronous: bool = False) -> None:
+        self.scheduler = make(aim, asynchronous=asynchronous)
+        self.worker = SymbolicWorker(BLOCK, asynchronous)
+        self.answers: dict[str, list[int]] = {}
+        """By request."""
+        self._queue: deque[tuple[Any, Any]] = deque()
+        self._depth = 1 + asynchronous
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue) or self.scheduler.has_requests()
+
+    def tick(self) -> None:
+        """As `EngineCore.step_with_batch_queue` does it."""
+        if self.scheduler.has_requests():
+            out = self.scheduler.schedule()
+            assert len(out.num_scheduled_tokens) <= self.scheduler.target.max_batch
+            assert out.total_num_scheduled_tokens <= self.scheduler.target.max_tokens
+            self._queue.append((out, self.worker.run(out)))
+            if len(self._queue) < self._depth and self.scheduler.has_requests():
+                return
+        out, result = self._queue.popleft()
+        for client in self.scheduler.update_from_output(out, result).values():
+            for item in client.outputs:
+                name = item.request_id.removesuffix("-internal")
+                self.answers.setdefault(name, []).extend(item.new_token_ids)

@@ -6,7 +6,7 @@ which holds anything else fails. Its next token is a function of that hash, so a
 checked too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
@@ -52,15 +52,23 @@ def answer(prompt: Sequence[int], count: int) -> list[int]:
 @define
 class _State:
     text: Text
+    prompt: int
     blocks: list[int]
     computed: int
 
 
 class SymbolicWorker:
-    """One worker; `run` is a forward."""
+    """One worker; `run` is a forward.
 
-    def __init__(self, block_size: int) -> None:
+    An asynchronous one keeps the tokens that it sampled on its device, of the last forward alone. Those
+    of other answers it must be told, and of a row that it computes again.
+    """
+
+    def __init__(self, block_size: int, asynchronous: bool = False) -> None:
         self.block_size = block_size
+        self.asynchronous = asynchronous
+        self._before: set[str] = set()
+        """Requests in the forward before."""
         self.states: dict[str, _State] = {}
         self.memory: dict[Slot, bytes] = {}
         self.common: list[int] = []
@@ -74,9 +82,12 @@ class SymbolicWorker:
             assert new.req_id not in self.states, "the worker knows it"
             (blocks,) = new.block_ids
             self.states[new.req_id] = _State(
-                Text(new.prompt_token_ids), list(blocks), new.num_computed_tokens
+                Text(new.prompt_token_ids),
+                len(new.prompt_token_ids),
+                list(blocks),
+                new.num_computed_tokens,
             )
-        self._go_on(out.scheduled_cached_reqs)
+        self._go_on(out.scheduled_cached_reqs, out.num_scheduled_tokens)
         self._copy(out.kv_connector_metadata.copies)
         rows = out.num_scheduled_tokens
         self._check_common(out.num_common_prefix_blocks[0], rows)
@@ -84,6 +95,7 @@ class SymbolicWorker:
         for name, count in rows.items():  # all rows write before any reads, as each layer does
             self._write(self.states[name], count)
         sampled = [self._read(self.states[name], count) for name, count in rows.items()]
+        self._before = set(rows)
         return SimpleNamespace(
             sampled_token_ids=sampled,
             req_id_to_index={name: at for at, name in enumerate(rows)},
@@ -91,12 +103,20 @@ class SymbolicWorker:
             prompt_logprobs_dict={},
         )
 
-    def _go_on(self, cached: Any) -> None:
+    def _go_on(self, cached: Any, counts: Mapping[str, int]) -> None:
         for at, name in enumerate(cached.req_ids):
             state = self.states[name]
             state.computed = cached.num_computed_tokens[at]
             blocks = cached.new_block_ids[at]
-            if name in cached.resumed_req_ids:
+            tokens, anew = state.text.tokens, name in cached.resumed_req_ids
+            assert cached.num_output_tokens[at] == len(tokens) - state.prompt
+            if self.asynchronous and len(tokens) > state.prompt:
+                if anew or name not in self._before:
+                    assert cached.all_token_ids[name] == tokens, "tokens that it was not told"
+                else:
+                    stop = state.computed + counts[name]
+                    assert stop <= state.prompt or counts[name] == 1, "tokens of a row in its batch"
+            if anew:
                 (state.blocks,) = ([*ids] for ids in blocks)
             elif blocks is not None:
                 state.blocks += blocks[0]

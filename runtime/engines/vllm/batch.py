@@ -1,6 +1,6 @@
 """The rows of a forward as vLLM's `SchedulerOutput`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -10,7 +10,7 @@ from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanMoves
 from sagellm_ir.runtime.engines.vllm.sequences import Row
 from sagellm_ir.runtime.engines.vllm.versions import make
 
-__all__ = ["common_blocks", "scheduler_output"]
+__all__ = ["common_blocks", "goes_on", "scheduler_output"]
 
 
 def scheduler_output(
@@ -19,6 +19,7 @@ def scheduler_output(
     copies: Sequence[Copy],
     finished: set[str],
     common: int,
+    before: Collection[str],
 ) -> SchedulerOutput:
     """What the workers are told.
 
@@ -28,6 +29,7 @@ def scheduler_output(
         copies: of blocks, before the forward.
         finished: requests that the workers may forget.
         common: leading blocks that all rows share.
+        before: vLLM's ids of the requests in the forward before.
     """
     new: list[NewRequestData] = []
     cached = CachedRequestData.make_empty()
@@ -38,7 +40,7 @@ def scheduler_output(
         if sequence.sent is None:
             new.append(NewRequestData.from_request(sequence.request, (list(table),)))
         else:
-            _go_on(cached, row, table)
+            _go_on(cached, row, table, before)
         sequence.sent = table
     counts = {row.sequence.request.request_id: row.stop - row.start for row in rows}
     return make(
@@ -60,22 +62,34 @@ def scheduler_output(
     )
 
 
-def _go_on(cached: CachedRequestData, row: Row, table: list[int]) -> None:
-    """Add a request that the workers know: what is new in its table, or all of a changed one."""
-    request, sent = row.sequence.request, row.sequence.sent
-    assert sent is not None
-    name = request.request_id
+def goes_on(row: Row, ledger: BlockLedger, before: Collection[str]) -> bool:
+    """Whether the workers go on with what they know of a row, which may be a token that is not here yet."""
+    table = to_engine(ledger.tables[row.sequence.name])
+    return row.sequence.request.request_id in before and not _anew(row, table)
+
+
+def _anew(row: Row, table: Sequence[int]) -> bool:
+    """Whether the workers need a row's tokens and table again: what they ran has changed, or an
+    answer's tokens are computed again, which asynchronous workers have not kept in order."""
+    sent = row.sequence.sent or ()
+    again = row.stop - row.start > 1 and row.stop > row.sequence.request.num_prompt_tokens
+    return again or table[: len(sent)] != list(sent)
+
+
+def _go_on(cached: CachedRequestData, row: Row, table: list[int], before: Collection[str]) -> None:
+    """Add a request that the workers know: what is new of it, or all."""
+    sequence, request = row.sequence, row.sequence.request
+    name, sent = request.request_id, sequence.sent or ()
     cached.req_ids.append(name)
     cached.num_computed_tokens.append(row.start)
-    cached.num_output_tokens.append(request.num_output_tokens)
-    if table[: len(sent)] == sent:
-        added = table[len(sent) :]
-        cached.new_block_ids.append((added,) if added else None)
-        return
-    # "Resumed" means to the workers: replace the table.
-    cached.resumed_req_ids.add(name)
-    cached.new_block_ids.append((list(table),))
-    cached.all_token_ids[name] = list(request.all_token_ids)
+    cached.num_output_tokens.append(sequence.answered)
+    anew = _anew(row, table)
+    if anew:  # "Resumed" means to the workers: replace the table.
+        cached.resumed_req_ids.add(name)
+    added = table if anew else table[len(sent) :]
+    cached.new_block_ids.append((list(added),) if anew or added else None)
+    if anew or name not in before:
+        cached.all_token_ids[name] = list(request.all_token_ids)
 
 
 def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size: int) -> int:

@@ -4,6 +4,7 @@ Each tensor-parallel rank moves its own heads; so one list of moves serves all r
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.target import DEVICE
 
 __all__ = ["Copy", "PlanConnector", "PlanMoves", "worker_tables"]
+
+STAGED = 2**26
+"""Bytes of blocks that are copied at a time between tiers."""
 
 
 @frozen
@@ -40,31 +44,65 @@ class PlanMoves(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types
 class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """The worker side of `PlanScheduler`, which fills in the metadata itself.
 
-    `kv_connector_extra_config["tiers"]` gives the blocks of each tier besides the device.
+    `kv_connector_extra_config["tiers"]` gives the blocks of each tier besides the device: memory of the
+    host, pinned beside a GPU, in which a block is one piece with all its layers. Copies go through
+    device memory of at most `STAGED` bytes and are in order with forwards: nothing here waits for
+    them, or reads what they bring.
     """
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """Take vLLM's KV tensors, one a layer, and make the other tiers beside them."""
         blocks = self._kv_cache_config.num_blocks
-        layers = [_blocks_first(name, cache, blocks) for name, cache in kv_caches.items()]
+        self._layers = [_blocks_first(name, cache, blocks) for name, cache in kv_caches.items()]
+        sizes = [layer[0].numel() * layer.itemsize for layer in self._layers]
+        self._stops = list(accumulate(sizes, initial=0))
+        self._device = self._layers[0].device
+        self._pinned = self._device.type != "cpu"
         tiers: dict[str, int] = self._kv_transfer_config.get_from_extra_config("tiers", {})
-        self._tiers = {name: [_host(x, count) for x in layers] for name, count in tiers.items()}
-        self._tiers[DEVICE] = layers
+        self._tiers = {
+            name: torch.zeros(count, sum(sizes), dtype=torch.uint8, pin_memory=self._pinned)
+            for name, count in tiers.items()
+        }
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Do the copies of this step; called before its forward."""
+        most = max(1, STAGED // self._stops[-1])
         for copy in self._get_connector_metadata().copies:
-            layers = zip(self._tiers[copy.from_tier], self._tiers[copy.to_tier], strict=True)
-            if copy.from_tier == copy.to_tier:  # what is read may be written, too
-                src, dst = torch.tensor(copy.src), torch.tensor(copy.dst)
-                for source, target in layers:
-                    taken = source.index_select(0, src.to(source.device))
-                    target.index_copy_(0, dst.to(target.device), taken)
-                continue
-            runs = list(_runs(copy))
-            for source, target in layers:
-                for src_run, dst_run in runs:
-                    target[dst_run].copy_(source[src_run])
+            # Within a tier what is read may be written, too: all is read first.
+            count = max(1, len(copy.src)) if copy.from_tier == copy.to_tier else most
+            for at in range(0, len(copy.src), count):
+                staged = self._read(copy.from_tier, copy.src[at : at + count])
+                self._write(copy.to_tier, copy.dst[at : at + count], staged)
+
+    def _read(self, tier: str, blocks: Sequence[int]) -> Tensor:
+        """Blocks of a tier, on the device: (blocks, bytes of all layers)."""
+        staged = torch.empty(len(blocks), self._stops[-1], dtype=torch.uint8, device=self._device)
+        if tier == DEVICE:
+            index = self._index(blocks)
+            for layer, part in self._parts(staged):
+                part.copy_(layer.index_select(0, index))
+        else:
+            for at, run in _runs(blocks):
+                staged[at].copy_(self._tiers[tier][run], non_blocking=True)
+        return staged
+
+    def _write(self, tier: str, blocks: Sequence[int], staged: Tensor) -> None:
+        """Undo `_read`."""
+        if tier == DEVICE:
+            index = self._index(blocks)
+            for layer, part in self._parts(staged):
+                layer.index_copy_(0, index, part)
+        else:
+            for at, run in _runs(blocks):
+                self._tiers[tier][run].copy_(staged[at], non_blocking=True)
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, pin_memory=self._pinned).to(self._device, non_blocking=True)
+
+    def _parts(self, staged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each layer, and its part of staged blocks in its own type and shape."""
+        for layer, (start, stop) in zip(self._layers, pairwise(self._stops), strict=True):
+            yield layer, staged[:, start:stop].view(layer.dtype).view(-1, *layer.shape[1:])
 
     # Everything is done in `start_load_kv`.
 
@@ -93,14 +131,12 @@ class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return PlanMoves(())
 
 
-def _runs(copy: Copy) -> Iterator[tuple[slice, slice]]:
-    """Where blocks lie side by side, in the source and in the target."""
-    pairs = list(zip(copy.src, copy.dst, strict=True))
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Where blocks lie side by side: their places in the list, and in the tier."""
     start = 0
-    for at, (src, dst) in enumerate(pairs, 1):
-        if at == len(pairs) or pairs[at] != (src + 1, dst + 1):
-            first = pairs[start]
-            yield slice(first[0], src + 1), slice(first[1], dst + 1)
+    for at in range(1, len(blocks) + 1):
+        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
+            yield slice(start, at), slice(blocks[start], blocks[at - 1] + 1)
             start = at
 
 
@@ -131,13 +167,3 @@ def _blocks_first(name: str, cache: Any, blocks: int) -> Tensor:
     # A kernel's blocks may be smaller than the scheduler's: so many of them are one block here.
     first = cache.movedim(at, 0)
     return first.view(blocks, -1, *first.shape[1:])
-
-
-def _host(layer: Tensor, blocks: int) -> Tensor:
-    """A tier's share of a layer, in host memory; a block lies in it as on the device."""
-    pinned = layer.device.type != "cpu"
-    strides = layer.stride()
-    order = sorted(range(1, layer.dim()), key=lambda at: -strides[at])
-    shape = (blocks, *(layer.shape[at] for at in order))
-    dense = torch.zeros(shape, dtype=layer.dtype, pin_memory=pinned)
-    return dense.permute(0, *(order.index(at) + 1 for at in range(1, layer.dim())))

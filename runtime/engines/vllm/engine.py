@@ -66,10 +66,16 @@ class VLLMBackendAdapter:
     Args:
         engine: vLLM's `LLMEngine`, its core in this process; see `make_engine`.
         stop_at_eos: end an answer at the model's end token; else at the planned length.
+
+    Raises:
+        SageIRError: the engine schedules asynchronously.
     """
 
     def __init__(self, engine: Any, *, stop_at_eos: bool = True) -> None:
         self.engine = engine
+        if engine.vllm_config.scheduler_config.async_scheduling:
+            message = "a step at a time cannot be run by an engine that schedules asynchronously"
+            raise SageIRError(Diagnostic(message, help="make it with async_scheduling=False"))
         self.scheduler: PlanScheduler = engine.engine_core.engine_core.scheduler
         self.scheduler.driven = True
         self._stop_at_eos = stop_at_eos

@@ -59,7 +59,7 @@ class OnlineSource:
                 raise ValueError("grammars and embedded prompts cannot be planned")
             planned = PlanRequest(
                 name,
-                max_new_tokens=request.max_tokens,
+                max_new_tokens=sequence.most,
                 arrival=request.arrival_time,
                 priority=-request.priority,
                 adapter=request.lora_request.lora_name if request.lora_request else None,
@@ -74,7 +74,7 @@ class OnlineSource:
             self._refused.append(name)
 
     def gone(self, sequence: Sequence) -> None:
-        """A request has ended, and no forward of it is in flight."""
+        """A request has ended. A forward of it may be in flight, and runs before any that is to come."""
         whole = sequence.computed >= sequence.known - 1
         tokens = tuple(sequence.request.all_token_ids) if whole else None
         self.planner.end(sequence.name, tokens)
@@ -84,5 +84,8 @@ class OnlineSource:
         refused, self._refused = self._refused, []
         return refused
 
-    def _answered(self, name: str) -> int:
-        return int(self._sequences[name].request.num_output_tokens)
+    def _answered(self, name: str) -> int | None:
+        """Tokens of an answer; None when a forward in flight brings the last one."""
+        sequence = self._sequences[name]
+        ends = sequence.pending and sequence.answered >= sequence.most
+        return None if ends else sequence.answered

@@ -4,7 +4,7 @@ It holds vLLM's requests, asks a `PlanSource` for steps, and turns each forward 
 `SchedulerOutput` with the plan's own blocks.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import KVMove, PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish, PlanSource
-from sagellm_ir.runtime.engines.vllm.batch import common_blocks, scheduler_output
+from sagellm_ir.runtime.engines.vllm.batch import common_blocks, goes_on, scheduler_output
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
 from sagellm_ir.runtime.engines.vllm.connector import Copy
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
@@ -41,6 +41,10 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
 
     By itself it plans online (`OnlineSource`), so stock entry points (`LLM`, `vllm serve`) run by
     plans. `VLLMBackendAdapter` sets `source` and `driven` instead.
+
+    With asynchronous scheduling vLLM asks for a forward while the one before runs: its tokens are
+    `Sequence.pending` then, and the workers have them first. Workers run forwards and copies in
+    order, so blocks may be used again as soon as they are free.
 
     Raises:
         SageIRError: an untested vLLM, or a configuration that plans cannot drive.
@@ -84,7 +88,10 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         self._step: PlanStep | None = None
         self._left = 0
         """Forwards of the step that are still to run."""
-        self._flight: list[Row] = []
+        self._flight: deque[list[Row]] = deque()
+        """The rows of each forward that was asked for and not answered."""
+        self._before: frozenset[str] = frozenset()
+        """vLLM's ids of the requests in the last forward that was asked for."""
         self._copies: list[Copy] = []
         self._leaving: list[str] = []
         """Requests that ended, to be released when their step is over."""
@@ -104,10 +111,21 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         """
         rows = self._next_rows()
         copies, self._copies = self._copies, []
+        if any(
+            row.sequence.pending and not goes_on(row, self.ledger, self._before) for row in rows
+        ):
+            # The workers need tokens that are on their way here: the forward is the next one.
+            rows, copies, self._copies = [], [], copies
+            self._left += 1
         gone, self._gone = self._gone, set()
         groups = self._step.groups if self._step and self.takes_groups else ()
         common = common_blocks(groups, rows, self.target.block_size)
-        self._flight = self.ran = rows
+        out = scheduler_output(rows, self.ledger, copies, gone, common, self._before)
+        self.ran = rows
+        self._flight.append(rows)
+        self._before = frozenset(row.sequence.request.request_id for row in rows)
+        for row in rows:
+            row.sequence.pending += row.samples
         prefill = sum(row.stop - row.start for row in rows if not row.decode)
         self._count(
             forwards=bool(rows),
@@ -115,15 +133,15 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             decode_tokens=sum(row.decode for row in rows),
             moved_blocks=sum(len(copy.src) for copy in copies),
         )
-        return scheduler_output(rows, self.ledger, copies, gone, common)
+        return out
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take the tokens of the forward."""
         outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
         sampled = model_runner_output.sampled_token_ids
-        rows, self._flight = self._flight, []
-        for row in rows:
+        for row in self._flight.popleft():
             sequence, request = row.sequence, row.sequence.request
+            sequence.pending -= row.samples
             sequence.computed = max(sequence.computed, row.stop)
             request.num_computed_tokens = sequence.computed
             at = model_runner_output.req_id_to_index[request.request_id]
@@ -262,7 +280,8 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         """A request has come; its steps may name it from now on."""
         name = plan_name(request)
         self.release(name)
-        sequence = self.sequences[name] = Sequence(name, request)
+        most = min(request.max_tokens, self._max_len - request.num_prompt_tokens)
+        sequence = self.sequences[name] = Sequence(name, request, most)
         self._names[request.request_id] = name
         if self.source is self._online and not self.driven:
             self._online.come(sequence)

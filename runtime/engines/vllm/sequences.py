@@ -17,15 +17,24 @@ class Sequence:
     name: str
     request: Any
     """vLLM's `Request`."""
+    most: int
+    """Tokens that its answer may have."""
     computed: int = 0
+    pending: int = 0
+    """Tokens that forwards in flight will give it: one at most."""
     sent: list[int] | None = None
     """The block table that the workers have, in vLLM's numbers; None: they do not know it yet."""
     finish: Finish | None = None
 
     @property
     def known(self) -> int:
-        """Tokens of its prompt and its answer so far."""
-        return int(self.request.num_tokens)
+        """Tokens of its prompt and its answer so far, those in flight included."""
+        return int(self.request.num_tokens) + self.pending
+
+    @property
+    def answered(self) -> int:
+        """Tokens of its answer so far, those in flight included."""
+        return int(self.request.num_output_tokens) + self.pending
 
     def view(self) -> RequestView:
         """For the planner."""
@@ -34,8 +43,8 @@ class Sequence:
             self.name,
             request.num_prompt_tokens,
             self.computed,
-            request.num_output_tokens,
-            request.max_tokens,
+            self.answered,
+            self.most,
             self.finish,
         )
 
@@ -48,6 +57,13 @@ class Row:
     start: int
     stop: int
     decode: bool
+    samples: bool
+    """Whether it gives the sequence its next token."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, stop: int, decode: bool = False) -> "Row":
+        """As the sequence is before the forward."""
+        return cls(sequence, start, stop, decode, stop == sequence.known)
 
 
 def rows_of(step: PlanStep, sequences: "dict[str, Sequence]") -> list[Row]:
@@ -56,9 +72,9 @@ def rows_of(step: PlanStep, sequences: "dict[str, Sequence]") -> list[Row]:
     Decodes of requests that have ended are left out. Prefill chunks are not: other requests may
     share the blocks they fill.
     """
-    rows = [Row(sequences[chunk.request], chunk.start, chunk.stop, False) for chunk in step.prefill]
+    rows = [Row.of(sequences[chunk.request], chunk.start, chunk.stop) for chunk in step.prefill]
     for name in step.decode:
         sequence = sequences[name]
         if not sequence.finish:
-            rows.append(Row(sequence, sequence.known - 1, sequence.known, True))
+            rows.append(Row.of(sequence, sequence.known - 1, sequence.known, decode=True))
     return rows

@@ -133,7 +133,6 @@ def _check(config: Any, kv_cache_config: Any) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "speculative decoding": config.speculative_config is not None,
-        "asynchronous scheduling": config.scheduler_config.async_scheduling,
         "vLLM's second model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": bool(
             getattr(config, "use_v2_model_runner", False)
         ),

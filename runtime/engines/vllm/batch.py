@@ -35,13 +35,14 @@ def scheduler_output(
     cached = CachedRequestData.make_empty()
     for row in rows:
         sequence = row.sequence
-        table = to_engine(ledger.tables[sequence.name])
+        table = ledger.tables[sequence.name]
         sequence.request.num_computed_tokens = row.start
         if sequence.sent is None:
-            new.append(NewRequestData.from_request(sequence.request, (list(table),)))
+            new.append(NewRequestData.from_request(sequence.request, (to_engine(table),)))
         else:
-            _go_on(cached, row, table, before)
-        sequence.sent = table
+            _go_on(cached, row, ledger, before)
+        sequence.sent = len(table)
+        ledger.changed.discard(sequence.name)
     counts = {row.sequence.request.request_id: row.stop - row.start for row in rows}
     return make(
         SchedulerOutput,
@@ -64,30 +65,29 @@ def scheduler_output(
 
 def goes_on(row: Row, ledger: BlockLedger, before: Collection[str]) -> bool:
     """Whether the workers go on with what they know of a row, which may be a token that is not here yet."""
-    table = to_engine(ledger.tables[row.sequence.name])
-    return row.sequence.request.request_id in before and not _anew(row, table)
+    return row.sequence.request.request_id in before and not _anew(row, ledger)
 
 
-def _anew(row: Row, table: Sequence[int]) -> bool:
-    """Whether the workers need a row's tokens and table again: what they ran has changed, or an
-    answer's tokens are computed again, which asynchronous workers have not kept in order."""
-    sent = row.sequence.sent or ()
+def _anew(row: Row, ledger: BlockLedger) -> bool:
+    """Whether the workers need a row's tokens and table again: its table has changed, or its answer's
+    tokens are computed again, which asynchronous workers have not kept."""
     again = row.stop - row.start > 1 and row.stop > row.sequence.request.num_prompt_tokens
-    return again or table[: len(sent)] != list(sent)
+    return again or row.sequence.name in ledger.changed
 
 
-def _go_on(cached: CachedRequestData, row: Row, table: list[int], before: Collection[str]) -> None:
+def _go_on(
+    cached: CachedRequestData, row: Row, ledger: BlockLedger, before: Collection[str]
+) -> None:
     """Add a request that the workers know: what is new of it, or all."""
     sequence, request = row.sequence, row.sequence.request
-    name, sent = request.request_id, sequence.sent or ()
+    name, anew = request.request_id, _anew(row, ledger)
     cached.req_ids.append(name)
     cached.num_computed_tokens.append(row.start)
     cached.num_output_tokens.append(sequence.answered)
-    anew = _anew(row, table)
     if anew:  # "Resumed" means to the workers: replace the table.
         cached.resumed_req_ids.add(name)
-    added = table if anew else table[len(sent) :]
-    cached.new_block_ids.append((list(added),) if anew or added else None)
+    added = to_engine(ledger.tables[sequence.name][0 if anew else sequence.sent :])
+    cached.new_block_ids.append((added,) if anew or added else None)
     if anew or name not in before:
         cached.all_token_ids[name] = list(request.all_token_ids)
 

@@ -43,6 +43,8 @@ class BlockLedger:
         self.block_size = block_size
         self.tables: dict[str, list[int]] = {}
         """A request's device blocks, in a plan's numbers."""
+        self.changed: set[str] = set()
+        """Requests whose tables are not those of before with blocks behind them."""
         self._held: dict[str, dict[int, int]] = {tier: {} for tier in capacity}
         """By tier and block, a number that is new each time the block starts to hold something."""
         self._bound: dict[str, list[int]] = {}
@@ -64,10 +66,14 @@ class BlockLedger:
                     f"{len(table)} blocks: a table has no holes"
                 )
             )
-        table[bind.at : bind.at + len(bind.blocks)] = bind.blocks
+        stop = bind.at + len(bind.blocks)
+        old = table[bind.at : stop]
+        if old != list(bind.blocks[: len(old)]):
+            self.changed.add(bind.request)
+        table[bind.at : stop] = bind.blocks
         self._hold(DEVICE, bind.blocks)
         numbers = [self._held[DEVICE][block] for block in bind.blocks]
-        self._bound.setdefault(bind.request, [])[bind.at : bind.at + len(numbers)] = numbers
+        self._bound.setdefault(bind.request, [])[bind.at : stop] = numbers
 
     def move(self, move: KVMove) -> None:
         """Note that blocks are copied.
@@ -122,6 +128,7 @@ class BlockLedger:
     def release(self, request: str) -> None:
         """Forget a request's table."""
         self.tables.pop(request, None)
+        self.changed.discard(request)
         self._bound.pop(request, None)
 
     def free_blocks(self) -> dict[tuple[str, str], int]:

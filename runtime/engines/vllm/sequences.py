@@ -22,8 +22,8 @@ class Sequence:
     computed: int = 0
     pending: int = 0
     """Tokens that forwards in flight will give it: one at most."""
-    sent: list[int] | None = None
-    """The block table that the workers have, in vLLM's numbers; None: they do not know it yet."""
+    sent: int | None = None
+    """Blocks of its table that the workers have; None: they do not know it yet."""
     finish: Finish | None = None
 
     @property

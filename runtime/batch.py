@@ -22,6 +22,8 @@ class Batch:
         self._target, self._outlast = target, outlast
         self._cost = CostModel(target)
         self._tables = SharedTables(target.block_size)
+        self._coming: dict[str, tuple[int, ...]] = {}
+        """The tables of rows that have entered since somebody asked what is shared."""
         self._forwards = 0
         """So far, of all steps."""
         self._ends: dict[str, int] = {}
@@ -62,7 +64,7 @@ class Batch:
         self._context += known - self._forwards
         self._entered[name] = len(table)
         self._shareable += len(table)
-        self._tables.enter(name, table)
+        self._coming[name] = table
         self._names = None
 
     def leave(self, name: str) -> None:
@@ -70,7 +72,8 @@ class Batch:
         del self._ends[name]
         self._context -= self._base.pop(name)
         self._shareable -= self._entered.pop(name)
-        self._tables.leave(name)
+        if self._coming.pop(name, None) is None:
+            self._tables.leave(name)
         self._names = None
 
     def loops(self) -> int:
@@ -85,8 +88,6 @@ class Batch:
         """
         self._forwards += loops
         now = self._forwards
-        if not self._ends or min(self._ends.values()) > now:
-            return {}
         ended = {name: now - end for name, end in self._ends.items() if end <= now}
         for name in ended:
             self.leave(name)
@@ -98,14 +99,20 @@ class Batch:
         Args:
             chunks: requests with a chunk in the step, and their full blocks before it.
         """
-        names = []
+        tables, names = self._shared(), []
         for name, table in chunks:
-            self._tables.enter(name, table)
+            tables.enter(name, table)
             names.append(name)
-        groups = self._tables.groups()
+        groups = tables.groups()
         for name in names:
-            self._tables.leave(name)
+            tables.leave(name)
         return groups
+
+    def _shared(self) -> SharedTables:
+        for name, table in self._coming.items():
+            self._tables.enter(name, table)
+        self._coming.clear()
+        return self._tables
 
     def seconds(self, loops: int, chunks: Iterable[PrefillChunk] = (), ends: int = 0) -> float:
         """Predicted time of a step.
@@ -118,7 +125,7 @@ class Batch:
         rows = tokens = len(self._ends)
         grown = rows * (loops - 1) // 2
         pairs = self._context + rows * self._forwards + grown
-        read = pairs - (self._shareable - self._tables.blocks) * self._target.block_size
+        read = pairs - (self._shareable - self._shared().blocks) * self._target.block_size
         for chunk in chunks:
             start, stop = chunk.start, chunk.stop
             tokens += stop - start

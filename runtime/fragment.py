@@ -78,8 +78,10 @@ class Fragment:
             self.ledger[tier].drop([*known.values()][::-1])
             known.clear()
 
-    def fits(self, kv: Iterable[KVFree | KVMove], binds: Iterable[Bind]) -> bool:
+    def fits(self, kv: Sequence[KVFree | KVMove], binds: Sequence[Bind]) -> bool:
         """Whether there is room for a step's new blocks, once its frees are `forget`ed."""
+        if not kv and sum([len(bind.blocks) for bind in binds]) <= self.ledger[DEVICE].room:
+            return True
         fresh: dict[str, set[int]] = {}
         for item in kv:
             if isinstance(item, KVMove):
@@ -121,8 +123,8 @@ class Fragment:
     def blocks(self, tier: str, numbers: Sequence[int]) -> tuple[int, ...]:
         """The engine's blocks of some of the plan's; new ones for those that have none yet."""
         known = self._blocks[tier]
-        fresh = [number for number in dict.fromkeys(numbers) if number not in known]
-        if fresh:
+        if unknown := [number for number in numbers if number not in known]:
+            fresh = dict.fromkeys(unknown)
             known.update(zip(fresh, self.ledger[tier].take(len(fresh)), strict=True))
         return tuple(map(known.__getitem__, numbers))
 

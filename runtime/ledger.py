@@ -47,16 +47,8 @@ class Shelf:
 
     def take(self, count: int) -> tuple[int, ...]:
         """Blocks for new content, held once. The caller has looked at `room`."""
-        short = count - self._pool.free_blocks
-        for content in list(islice(self._idle, max(short, 0))):
-            del self._idle[content]
-            self.evicted += 1
-            block = self.block_of.pop(content)
-            del self.content_of[block]
-            place = None if self.below is None else self.below._keep(content)
-            if place is not None:
-                self.spilled.append((block, place))
-            self._free(block)
+        if count > self._pool.free_blocks:
+            self._evict(count - self._pool.free_blocks)
         taken = self._pool.take(count)
         assert taken is not None, f"{count} blocks wanted, {self._pool.free_blocks} are free"
         self._holders.update(dict.fromkeys(taken, 1))
@@ -64,11 +56,13 @@ class Shelf:
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Hold blocks once more, or cached ones for the first time."""
+        holders = self._holders
         for block in blocks:
-            count = self._holders.get(block, 0)
-            if not count:
+            if block in holders:
+                holders[block] += 1
+            else:
                 del self._idle[self.content_of[block]]
-            self._holders[block] = count + 1
+                holders[block] = 1
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Undo one `hold` or `take` of each; of a chain, what comes last gives way first."""
@@ -103,6 +97,18 @@ class Shelf:
     def idle(self, content: int) -> bool:
         """Whether content is cached and nobody holds it."""
         return content in self._idle
+
+    def _evict(self, count: int) -> None:
+        """Let cached blocks give way."""
+        for content in list(islice(self._idle, count)):
+            del self._idle[content]
+            self.evicted += 1
+            block = self.block_of.pop(content)
+            del self.content_of[block]
+            place = None if self.below is None else self.below._keep(content)
+            if place is not None:
+                self.spilled.append((block, place))
+            self._free(block)
 
     def _keep(self, content: int) -> int | None:
         """A block to copy content to; None: it is here, or there is no room."""

@@ -195,6 +195,10 @@ class OnlinePlanner:
             row.job.answered = answered
             self._steps.requeue(row.job)
 
+    def look_ahead(self) -> None:
+        """Find what the batch shares, while a step is in flight: the next `advance` need not."""
+        self._steps.batch.groups()
+
     def compile_ahead(self) -> None:
         """Compile what has come, while a step is in flight: the next `advance` need not."""
         if self._epochs.is_early():

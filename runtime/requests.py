@@ -26,6 +26,8 @@ class Job:
     """How many were submitted before it."""
     blocks: tuple[int, ...]
     """Content ids of the full blocks of what is known of it."""
+    last: bytes
+    """Of its prompt's last full block: see `BlockIds.of_rest`."""
     answered: int = 0
     """Tokens of its answer when it was planned last."""
     private: list[int] = field(factory=list)
@@ -64,8 +66,8 @@ class Requests:
 
     def add(self, request: PlanRequest, tokens: Sequence[int]) -> None:
         """Take up a request with this prompt."""
-        blocks = self._ids.of_tokens(tokens, self._space(request))
-        job = Job(request, self._submitted, blocks)
+        space = Namespace(self._model, request.adapter, request.tenant)
+        job = Job(request, self._submitted, *self._ids.of_prompt(tokens, space))
         self._submitted += 1
         self.jobs[request.id] = self.waiting[request.id] = job
         if request.session is not None:
@@ -119,9 +121,15 @@ class Requests:
             blocks=job.blocks[:full],
         )
 
-    def contents(self, job: Job, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Content ids of a request's prompt and answer, now that its tokens are known."""
-        return self._ids.of_tokens(tokens, self._space(job.request))
+    def answer(self, job: Job, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Content ids of the full blocks behind those of a prompt, now that its answer is known.
+
+        Args:
+            job: the request.
+            tokens: prompt and answer.
+        """
+        full = job.request.prompt_len // self._size * self._size
+        return self._ids.of_rest(job.last, tokens[full:])
 
     def tidy(self, ledger: Ledger) -> None:
         """Forget ids of blocks that no tier and no request has, each time they have doubled."""
@@ -130,6 +138,3 @@ class Requests:
         kept = {content for shelf in ledger.values() for content in shelf.block_of}
         self._ids.keep(kept.union(*(job.blocks for job in self.jobs.values())))
         self._tidy_at = max(_FEW, 2 * len(self._ids))
-
-    def _space(self, request: PlanRequest) -> Namespace:
-        return Namespace(self._model, request.adapter, request.tenant)

@@ -74,11 +74,12 @@ class Steps:
             return None
         fragment.position += 1
         moves = fragment.moves(step.kv)
+        fragment.blocks(DEVICE, [block for bind in fresh for block in bind.blocks])
         binds = [self._bind(fragment, bind) for bind in fresh]
         ended = [self.rows[chunk.request] for chunk in step.prefill if self._compute(chunk)]
         joined = self._join(step, len(ended))
         fragment.begun.update(row.job.request.id for row in ended)
-        binds += [bind for row in ended if (bind := self._begin(row)) is not None]
+        binds += self._begin(ended)
         if fragment.next() is None:
             # What of it has not started waits for something to end.
             self.full = any(name in self.requests.waiting for name in fragment.decls)
@@ -156,9 +157,10 @@ class Steps:
         if name in self.batch:
             self.batch.leave(name)
         if tokens is not None:
-            answer = slice(job.request.prompt_len // size, (len(tokens) - 1) // size)
-            contents = self.requests.contents(job, tokens)[answer]
-            for content, block in zip(contents, row.table[answer], strict=False):
+            # The newest token has no KV.
+            contents = self.requests.answer(job, tokens[:-1])
+            table = row.table[job.request.prompt_len // size :]
+            for content, block in zip(contents, table, strict=False):
                 device.write(block, content)
         device.drop(row.table)
 
@@ -179,28 +181,33 @@ class Steps:
     def _compute(self, chunk: PrefillChunk) -> bool:
         """Note what a chunk writes; whether it ends its prompt."""
         row, device, size = self.rows[chunk.request], self.ledger[DEVICE], self.target.block_size
-        for at in range(chunk.start // size, chunk.stop // size):
-            device.write(row.table[at], row.job.blocks[at])
+        full = slice(chunk.start // size, chunk.stop // size)
+        for block, content in zip(row.table[full], row.job.blocks[full], strict=True):
+            device.write(block, content)
         row.computed = max(row.computed, chunk.stop)
         return chunk.stop == row.job.known
 
-    def _begin(self, row: Row) -> Bind | None:
-        """A prompt has ended, and gives the first token: take the blocks of the answer, and decode.
+    def _begin(self, rows: Sequence[Row]) -> list[Bind]:
+        """Prompts have ended, and give their first tokens: take the blocks of the answers, and decode.
 
-        Where blocks are short, it decodes as far as it gets, and is planned again.
+        Where blocks are short, a row decodes as far as it gets, and is planned again.
         """
-        job, device, size = row.job, self.ledger[DEVICE], self.target.block_size
-        name, old = job.request.id, len(row.table)
-        need = -(-(job.known + row.left) // size) - old
-        blocks = device.take(min(need, device.room)) if need > 0 else ()
-        row.table += blocks
-        left = min(row.left, len(row.table) * size - job.known) - 1
-        if left > 0:
-            shareable = tuple(row.table[: job.known // size])
-            self.batch.enter(name, job.known + 1, left, shareable)
-        else:
-            self.spent[name] = None
-        return Bind(name, old, blocks) if blocks else None
+        device, size = self.ledger[DEVICE], self.target.block_size
+        needs = [max(0, -(-(row.job.known + row.left) // size) - len(row.table)) for row in rows]
+        blocks, taken, binds = device.take(min(sum(needs), device.room)), 0, []
+        for row, need in zip(rows, needs, strict=True):
+            name, known, old = row.job.request.id, row.job.known, len(row.table)
+            own = blocks[taken : taken + need]
+            taken += need
+            row.table += own
+            left = min(row.left, len(row.table) * size - known) - 1
+            if left > 0:
+                self.batch.enter(name, known + 1, left, tuple(row.table[: known // size]))
+            else:
+                self.spent[name] = None
+            if own:
+                binds.append(Bind(name, old, own))
+        return binds
 
     def _join(self, step: PlanStep, ends: int) -> PlanStep:
         """The batch runs in a step with prefills, where the target mixes them; else it rests."""

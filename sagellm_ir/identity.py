@@ -155,8 +155,23 @@ class BlockIds:
         Raises:
             ValueError: a token is not in `[0, 2**32)`.
         """
+        return self.of_prompt(tokens, namespace)[0]
+
+    def of_prompt(
+        self, tokens: Sequence[int], namespace: Namespace
+    ) -> tuple[tuple[int, ...], bytes]:
+        """`of_tokens`, and what `of_rest` needs to go on behind the last full block."""
         digests = self._lately.chain(_full_blocks(tokens, self.block_size), namespace)
-        return self._number(self._digests, digests)
+        return self._number(self._digests, digests), digests[-1] if digests else namespace.digest
+
+    def of_rest(self, before: bytes, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The ids of the full blocks of tokens that stand behind the full blocks of a prompt.
+
+        Raises:
+            ValueError: a token is not in `[0, 2**32)`.
+        """
+        blocks = _full_blocks(tokens, self.block_size)
+        return self._number(self._digests, _chain(before, blocks, self.block_size))
 
     def of_trace(self, prompt: TracePrompt, namespace: Namespace) -> tuple[int, ...]:
         """The ids of the full blocks of a trace's prompt.

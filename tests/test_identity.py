@@ -94,6 +94,15 @@ def test_a_digest_that_an_engine_reports_has_the_same_id() -> None:
     assert ids.of_tokens([1, 2, 3, 4], HERE) == (ids.of_digest(first), 0)
 
 
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(0, 40), st.integers(1, 8))
+def test_an_answer_has_the_ids_of_the_next_turn(tokens: list[int], cut: int, size: int) -> None:
+    cut = min(cut, len(tokens))
+    ids = BlockIds(size)
+    blocks, last = ids.of_prompt(tokens[:cut], HERE)
+    rest = ids.of_rest(last, tokens[cut // size * size :])
+    assert blocks + rest == ids.of_tokens(tokens, HERE)
+
+
 def test_a_trace_counts_full_blocks_only() -> None:
     ids = BlockIds(512)
     assert len(ids.of_trace(TracePrompt((1, 2), 1024, 512), HERE)) == 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
 from tests.lmdeploy.cpu import BLOCK, ask, engine, oracle, run
 
@@ -14,9 +14,9 @@ LOOPS = 16
 
 
 def drive(eng: Any) -> PlanDriver:
-    names = Names()
+    requests = NamedSequences(eng.scheduler, Names())
     planner = OnlinePlanner(target_of(eng), window=64, outlast=True)
-    return PlanDriver(eng, OnlineSource(planner, eng.scheduler, names), names)
+    return PlanDriver(eng, OnlineSource(planner, requests), requests)
 
 
 def arrivals(planned: bool, count: int = 24, every: int = 6) -> list[dict[str, Any]]:

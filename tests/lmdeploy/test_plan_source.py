@@ -14,7 +14,7 @@ from lmdeploy.pytorch.model_inputs import ModelInputs, StepContext
 from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep, PrefillChunk, PrefixGroup
 from sagellm_ir.runtime.backend import EngineView
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names, still
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names, still
 from tests.lmdeploy.cpu import BLOCK, ask, engine, oracle, run
 
 SHARED = list(range(100, 100 + 8 * BLOCK))
@@ -45,7 +45,7 @@ def driven(
     names = Names()
     for i in range(len(prompts)):
         names.add(f"r{i}", i)
-    driver = PlanDriver(eng, Steps(steps), names, overlap=overlap)
+    driver = PlanDriver(eng, Steps(steps), NamedSequences(eng.scheduler, names), overlap=overlap)
 
     async def work() -> Any:
         return await asyncio.gather(
@@ -216,7 +216,7 @@ def test_what_a_plan_frees_is_the_first_victim() -> None:
         PlanStep(3, prefill=(chunk("r2", 0, 9),), kv=(KVFree("device", (3, 4, 5)),)),
     ]
     driver, _ = driven(steps, [[1] * 36, [2] * 36, [3] * 9], new=5)
-    scheduler, sequence = driver.scheduler, driver.names.sequence
+    scheduler, sequence = driver.scheduler, driver.requests.names.sequence
     mine = sequence(scheduler, "r1").logical_blocks[:2].tolist()
     for session in (0, 1):  # r1 is the last that was used
         scheduler.end_session(session)
@@ -335,7 +335,7 @@ def test_a_request_that_ends_during_its_chunk_is_forgotten() -> None:
         PlanStep(0, prefill=(chunk("r0", 0, 64),)),
         PlanStep(1, prefill=(chunk("r1", 0, 148),)),
     ]
-    PlanDriver(eng, Steps(steps), names)
+    PlanDriver(eng, Steps(steps), NamedSequences(eng.scheduler, names))
 
     async def work() -> Any:
         instance = eng.create_instance()
@@ -375,7 +375,8 @@ def test_a_chunk_is_not_split_where_its_token_would_be_seen() -> None:
     eng = engine()
     names = Names()
     names.add("r0", 0)
-    PlanDriver(eng, Steps([PlanStep(0, prefill=(chunk("r0", 0, 64),))]), names)
+    steps = [PlanStep(0, prefill=(chunk("r0", 0, 64),))]
+    PlanDriver(eng, Steps(steps), NamedSequences(eng.scheduler, names))
 
     async def work() -> Any:
         instance = eng.create_instance()

@@ -126,33 +126,6 @@ def test_a_block_still_to_be_computed_replaces_none() -> None:
     assert one[:4] == two[:4]
 
 
-@pytest.mark.parametrize("common", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 4 * BLOCK, 6 * BLOCK + 9])
-@pytest.mark.parametrize("evicted", [0, 1, 5])
-def test_a_trail_is_what_the_match_finds(common: int, evicted: int) -> None:
-    """The same blocks, step and references as matching block by block, also after evictions."""
-    first = list(range(6 * BLOCK + 9))
-    found = []
-    for trailing in (True, False):
-        sched = scheduler()
-        kv = KVManager(sched)
-        one = add(sched, 1, first)
-        prefill(sched)
-        assert kv._trails
-        stop(one)
-        sched.end_session(1)
-        if evicted:
-            sched.block_trie.evict(evicted)
-        if not trailing:
-            kv._trails.clear()
-        seq = add(sched, 2, [*first[:common], *[9999] * (7 * BLOCK - common)])
-        sched.block_trie.match(seq)
-        counts = sched.block_manager.allocator._log_mem.ref_count
-        cursor = seq.logical_blocks.last_shared_node
-        found.append((blocks_of(seq), seq.num_history_ids, counts.tolist(), cursor.num_matched))
-    assert found[0] == found[1]
-    assert found[0][1] == min(common // BLOCK, 6 - evicted) * BLOCK
-
-
 def test_no_reference_is_lost_or_kept() -> None:
     sched = scheduler(blocks=64)
     KVManager(sched)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.lmdeploy.admission import Agreed, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
-from sagellm_ir.runtime.engines.lmdeploy.prefixes import fetch, store
+from sagellm_ir.runtime.engines.lmdeploy.prefixes import Prefixes
 from tests.lmdeploy.cpu import BLOCK, add, blocks_of, scheduler, stop
 
 
@@ -20,17 +21,20 @@ def nodes(node: Any) -> Any:
     }
 
 
-def admitted(prompts: list[list[int]], ours: bool) -> Any:
-    """The trie, references, leaves and tables after prompts were admitted; every third has ended."""
+def admitted(prompts: list[list[int]], ours: bool, read: frozenset[int] = frozenset()) -> Any:
+    """The trie, references, leaves and tables after prompts were admitted; every third has ended.
+
+    `read`: those that are read before the first is admitted.
+    """
     sched = scheduler(blocks=256)
     kv = KVManager(sched)
-    trie, tables = sched.block_trie, []
-    for number, prompt in enumerate(prompts):
-        kv._trails.clear()
-        seq = add(sched, number + 1, prompt)
-        fetch(trie, seq) if ours else trie.match(seq)
+    prefixes, trie, tables = Prefixes(kv), sched.block_trie, []
+    seqs = [add(sched, number + 1, prompt) for number, prompt in enumerate(prompts)]
+    prefixes.read(seqs[number] for number in read if number < len(seqs))
+    for number, seq in enumerate(seqs):
+        prefixes.fetch(seq) if ours else trie.match(seq)
         sched.block_manager.allocate(seq, 0)
-        store(trie, seq) if ours else trie.allocate(seq, replace=False)
+        prefixes.store(seq) if ours else trie.allocate(seq, replace=False)
         tables.append((blocks_of(seq), seq.num_history_ids))
         if number % 3 == 0:
             stop(seq)
@@ -40,25 +44,59 @@ def admitted(prompts: list[list[int]], ours: bool) -> Any:
     return nodes(trie.get_root(None)), leaves, counts, tables, kv.counters
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5 * BLOCK), st.integers(0, 3))))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5 * BLOCK), st.integers(0, 3))),
+    st.frozensets(st.integers(0, 8)),
+)
 @settings(deadline=None, max_examples=60)
 def test_prefixes_are_fetched_and_stored_as_lmdeploy_does(
-    shapes: list[tuple[int, int, int]],
+    shapes: list[tuple[int, int, int]], read: frozenset[int]
 ) -> None:
     prompts = [[first] * length + [9] * (more * BLOCK) for first, length, more in shapes]
-    assert admitted(prompts, ours=True) == admitted(prompts, ours=False)
+    assert admitted(prompts, ours=True, read=read) == admitted(prompts, ours=False)
 
 
-def rows_of(prefixes: list[int]) -> tuple[Any, dict[str, Any]]:
+@pytest.mark.parametrize("common", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 4 * BLOCK, 6 * BLOCK + 9])
+@pytest.mark.parametrize("evicted", [0, 1, 5])
+@pytest.mark.parametrize("read", ["never", "before the eviction", "after it"])
+def test_what_was_read_is_what_the_match_finds(common: int, evicted: int, read: str) -> None:
+    """The same blocks, step and references as matching block by block, also after evictions."""
+    first = list(range(6 * BLOCK + 9))
+    found = []
+    for ours in (True, False):
+        sched = scheduler()
+        prefixes, trie = Prefixes(KVManager(sched)), sched.block_trie
+        one = add(sched, 1, first)
+        prefixes.fetch(one)
+        sched.block_manager.allocate(one, 0)
+        prefixes.store(one)
+        stop(one)
+        sched.end_session(1)
+        seq = add(sched, 2, [*first[:common], *[9999] * (7 * BLOCK - common)])
+        if read == "before the eviction":
+            prefixes.read([seq])
+        if evicted:
+            trie.evict(evicted)
+        if read == "after it":
+            prefixes.read([seq])
+        prefixes.fetch(seq) if ours else trie.match(seq)
+        counts = sched.block_manager.allocator._log_mem.ref_count
+        cursor = seq.logical_blocks.last_shared_node
+        found.append((blocks_of(seq), seq.num_history_ids, counts.tolist(), cursor.num_matched))
+    assert found[0] == found[1]
+    assert found[0][1] == min(common // BLOCK, 6 - evicted) * BLOCK
+
+
+def rows_of(starts: list[int]) -> tuple[Any, dict[str, Any]]:
     """Sequences r0, r1, ... whose first two blocks are those of a prefix."""
     sched = scheduler()
-    KVManager(sched)
+    prefixes = Prefixes(KVManager(sched))
     here = {}
-    for number, prefix in enumerate(prefixes):
-        seq = add(sched, number + 1, [prefix] * 2 * BLOCK + [number + 50] * 3)
-        fetch(sched.block_trie, seq)
+    for number, start in enumerate(starts):
+        seq = add(sched, number + 1, [start] * 2 * BLOCK + [number + 50] * 3)
+        prefixes.fetch(seq)
         sched.block_manager.allocate(seq, 0)
-        store(sched.block_trie, seq)
+        prefixes.store(seq)
         here[f"r{number}"] = seq
     return sched, here
 

@@ -13,7 +13,7 @@ from sagellm_ir.lowering.plan import Bind, KVFree, KVMove, PlanStep, PrefillChun
 from sagellm_ir.runtime.backend import EngineView
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
 from tests.lmdeploy.cpu import BLOCK, ask, engine, oracle, run
 
@@ -184,10 +184,9 @@ def test_random_plans(seed: int, blocks: int, host: int, prefix: bool, overlap: 
 def test_the_online_planner(seed: int, blocks: int, host: int) -> None:
     rng = random.Random(seed)
     eng = engine(num_gpu_blocks=blocks, num_cpu_blocks=host, max_prefill_token_num=200)
-    names = Names()
+    requests = NamedSequences(eng.scheduler, Names())
     planner = OnlinePlanner(target_of(eng), outlast=True)
-    source = OnlineSource(planner, eng.scheduler, names)
-    PlanDriver(eng, source, names)
+    PlanDriver(eng, OnlineSource(planner, requests), requests)
     play(eng, rng, rng.randint(1, 7))
 
 

@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from lmdeploy.messages import EventType
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.lowering.plan import PrefillChunk, PrefixGroup
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
-from sagellm_ir.runtime.engines.lmdeploy.prefixes import fetch, store
+from sagellm_ir.runtime.engines.lmdeploy.prefixes import Prefixes
 
 __all__ = ["Admission", "Agreed", "PartialPrefills", "group_rows"]
+
+
+_NONE = np.empty(0, np.int64)
 
 
 class Admission:
@@ -24,12 +28,15 @@ class Admission:
     def __init__(self, kv: KVManager) -> None:
         self.kv = kv
         self.scheduler = kv.scheduler
+        self.prefixes = Prefixes(kv)
         self.partial: set[int] = set()
         """Sequences whose chunk in flight ends before what is known of them."""
         self.refused: set[int] = set()
         """Sequences that the last call had no room for."""
         self.evicted = False
         """Whether sequences may have lost their blocks since somebody set this to False."""
+        self._ready = _NONE
+        """Blocks that the rows of this step may take."""
 
     def prefill(self, rows: Iterable[tuple[Any, PrefillChunk]]) -> list[Any]:
         """Admit prefill rows in order; those that do not fit are left waiting, as they were.
@@ -38,26 +45,44 @@ class Admission:
         """
         pairs = list(rows)
         self.refused.clear()
+        self._take_blocks(seq for seq, _ in pairs)
+        try:
+            return self._admit(pairs)
+        finally:
+            if len(self._ready):
+                self.scheduler.block_manager.allocator.free(self._ready)
+                self._ready = _NONE
+
+    def _take_blocks(self, seqs: Iterable[Any]) -> None:
+        """Take blocks for all that rows may have to compute; not when there are too few."""
+        manager, size = self.scheduler.block_manager, self.kv.trie.block_size
+        needed = [-(-len(seq.history_cache) // size) - seq.logical_blocks._num_real for seq in seqs]
+        if manager.num_cpu_blocks == 0 and 0 < sum(needed) <= manager.get_num_free_gpu_blocks():
+            self._ready = manager.allocator.allocate(sum(needed))
+
+    def _admit(self, pairs: Sequence[tuple[Any, PrefillChunk]]) -> list[Any]:
         budget = self.scheduler.cache_config.max_prefill_token_num
         members = {seq.seq_id for seq, _ in pairs}
         admitted: list[Any] = []
         tokens = 0
         for seq, chunk in pairs:
-            before = self.kv.snapshot(seq)
-            fetch(self.scheduler.block_trie, seq)
-            known, computed = seq.num_all_ids, seq.num_history_ids
-            wanted = (min(chunk.stop, known) if _can_split(seq) else known) - computed
-            fits = not admitted or tokens + wanted <= budget
+            table = seq.logical_blocks
+            before = table._num_real, table.last_shared_node, seq._num_history_ids
+            self.prefixes.fetch(seq)
+            known, computed = seq.num_all_ids, seq._num_history_ids
+            stop = chunk.stop if chunk.stop < known and _can_split(seq) else known
+            wanted = stop - computed
             if wanted <= 0:  # the trie held all of this chunk
                 continue
+            fits = not admitted or tokens + wanted <= budget
             seq._num_token_ids = wanted
             if not fits or not self._fits(seq, members):
                 seq._num_token_ids = known - computed
-                self.kv.undo(seq, before)  # B4
+                self.kv.undo(seq, *before)  # B4
                 self.refused.add(seq.seq_id)
                 continue
             self._run(seq)
-            if computed + wanted < known:
+            if stop < known:
                 self.partial.add(seq.seq_id)
             admitted.append(seq)
             tokens += wanted
@@ -97,25 +122,28 @@ class Admission:
             return False
         blocks, at = manager.allocator.allocate(sum(needed)), 0
         for table, count in zip(tables, needed, strict=True):
-            table.append(blocks[at : at + count])
+            old = table._num_real
+            table.reserve(old + count)
+            table._blocks[old : old + count] = blocks[at : at + count]
+            table._num_real = old + count
             at += count
         return True
 
     def _fits(self, seq: Any, members: set[int]) -> bool:
         """Give a prefill row its blocks; False: there is no room."""
         manager = self.scheduler.block_manager
-        if manager.num_cpu_blocks == 0:
-            needed = manager.num_required_blocks(seq, 0)
-            if needed <= manager.get_num_free_gpu_blocks():  # as nearly always
-                seq.logical_blocks.append(manager.allocator.allocate(needed))
-                return True
+        needed = manager.num_required_blocks(seq, 0)
+        if needed <= len(self._ready):  # as nearly always
+            seq.logical_blocks.append(self._ready[:needed])
+            self._ready = self._ready[needed:]
+            return True
         if not self._room(seq, 0, members):
             return False
         manager.allocate(seq, 0)
         return True
 
     def _run(self, seq: Any) -> None:
-        store(self.scheduler.block_trie, seq)
+        self.prefixes.store(seq)
         seq.status = MessageStatus.RUNNING
         seq.record_event(EventType.SCHEDULED)
 

@@ -1,12 +1,10 @@
 """`StepChecks`: what LMDeploy can run of a plan's step, and what is wrong with it."""
 
-from typing import Any
-
 from attrs import evolve
 from lmdeploy.pytorch.messages import MessageStatus
 
 from sagellm_ir.lowering.plan import KVMove, PlanStep
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, NamedSequences, Names
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, NamedSequences
 
 __all__ = ["StepChecks", "named", "only"]
 
@@ -15,13 +13,11 @@ class StepChecks:
     """Checks of steps against the state of a scheduler.
 
     Args:
-        scheduler: LMDeploy's.
         requests: its sequences; whoever asks has refreshed them.
-        names: of its requests.
     """
 
-    def __init__(self, scheduler: Any, requests: NamedSequences, names: Names) -> None:
-        self._scheduler, self._requests, self._names = scheduler, requests, names
+    def __init__(self, requests: NamedSequences) -> None:
+        self._scheduler, self._requests = requests.scheduler, requests
         self.seen: set[str] = set()
         """Requests that were in the scheduler."""
 
@@ -48,6 +44,8 @@ class StepChecks:
             first = evolve(step, prefill=tuple(chunks), decode=(), groups=())
             return [first, evolve(step, prefill=(), kv=(), decode=tuple(decode), loops=1)]
         loops = 1 if step.prefill else step.loops
+        if len(chunks) == len(step.prefill) and not step.decode and loops == step.loops:
+            return [step]
         return [evolve(step, prefill=tuple(chunks), decode=tuple(decode), loops=loops)]
 
     def must_wait(self, step: PlanStep) -> bool:
@@ -64,7 +62,7 @@ class StepChecks:
             if seq is not None:
                 if seq.status is MessageStatus.LOCKED:
                     return True
-            elif self._names.session(name) is not None and not self.is_over(name):
+            elif self._requests.names.session(name) is not None and not self.is_over(name):
                 return True
         return False
 

@@ -23,7 +23,7 @@ from sagellm_ir.runtime.backend import (
 from sagellm_ir.runtime.engines.embedded.tokenizer import Detokenizer, ModelTokenizer
 from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import PlanCursor
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.runtime.trace import Trace
@@ -291,7 +291,8 @@ class LMDeployBackend:
                 await asyncio.sleep(0.001)
 
     async def _attach(self) -> PlanDriver:
-        return PlanDriver(self.engine, _Nothing(), self._names, hold=True)
+        requests = NamedSequences(self.engine.scheduler, self._names)
+        return PlanDriver(self.engine, _Nothing(), requests, hold=True)
 
     async def _move(self, step: PlanStep) -> None:
         self._driver.move(step)

@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from attrs import define, frozen
+from attrs import define
 from lmdeploy.pytorch.messages import MessageStatus
 
-__all__ = ["KVCounters", "KVManager", "Snapshot"]
+__all__ = ["KVCounters", "KVManager"]
 
 logger = logging.getLogger(__name__)
 
 _SPARE = 128
 """A part of the pool that is had free at once, when blocks are short: one in so many."""
-_TRAILS = 64
-"""First blocks whose last way through the trie is remembered."""
 
 
 @define
@@ -36,27 +34,6 @@ class KVCounters:
     restored: int = 0
     dropped: int = 0
     """Freed from the trie to make room."""
-
-
-@frozen(eq=False)
-class _Trail:
-    """The way of one sequence through the trie, for the next that starts with the same tokens."""
-
-    adapter: str | None
-    tokens: Any
-    node: Any
-    """Where it ends."""
-    blocks: Any
-    """From the root's child on."""
-
-
-@frozen
-class Snapshot:
-    """A sequence before a match, to undo the match with."""
-
-    blocks: int
-    cursor: Any
-    history: int
 
 
 class KVManager:
@@ -77,8 +54,6 @@ class KVManager:
         self.counters = KVCounters()
         self.expendable: set[int] = set()
         """Logical blocks that go first, however lately used; until they are fetched or stored again."""
-        self._trails: dict[tuple[int, ...], _Trail] = {}
-        """The last one of each of a few first blocks."""
         self.trie.hook = self
         self.blocks.eviction_cb = on_evict
         memory = self.blocks.allocator._log_mem
@@ -99,39 +74,7 @@ class KVManager:
         cursor = getattr(seq.logical_blocks, "last_shared_node", None)
         shared: int = 0 if cursor is None else cursor.num_matched
         owned: int = len(seq.logical_blocks) * self.trie.block_size
-        if owned == 0 and self._trails and self.blocks.num_cpu_blocks == 0:
-            trail = self._trails.get(self._first(seq))
-            if trail is not None:
-                self._follow(seq, trail)
         return owned <= shared
-
-    def _first(self, seq: Any) -> tuple[int, ...]:
-        """The tokens of a sequence's first block."""
-        return tuple(seq.history_cache[: self.trie.block_size].tolist())
-
-    def _follow(self, seq: Any, trail: _Trail) -> None:
-        """Take the blocks of a trail as far as the tokens agree; the match goes on from there.
-
-        The same as matching block by block, at a thousandth of the cost for a long shared prefix.
-        """
-        size = self.trie.block_size
-        length = min((seq.num_valid_ids - 1) // size * size, trail.node.num_matched)
-        differs = trail.tokens[:length] != seq.history_cache[:length]
-        common = int(differs.argmax()) if length else 0
-        common = length if length and not differs[common] else common // size * size
-        node = trail.node
-        while node.parent is not None and node.num_matched > common:
-            node = node.parent
-        # A node that was dropped has no parent: the trail is cold.
-        if common == 0 or node.parent is None or trail.adapter != seq.adapter_name:
-            return
-        blocks = trail.blocks[: common // size]
-        self.trie.allocator.update_access_time(blocks)
-        self.trie.allocator.add_ref_count(blocks, 1)
-        seq.logical_blocks.append(blocks)
-        seq.set_step(common)
-        seq.logical_blocks.last_shared_node = node
-        self.after_fetch(seq, blocks.tolist())
 
     def can_fetch(self, node: Any) -> bool:
         """Whether a node's block is on the device, or could be brought back to it."""
@@ -163,17 +106,8 @@ class KVManager:
                 break
             self.trie.leaves.discard(above)
             above = above.parent
-        if node.parent is not None:
-            size = self.trie.block_size
-            table = seq.logical_blocks.get_real_blocks()[: node.num_matched // size].copy()
-            first = self._first(seq)
-            self._trails.pop(first, None)
-            self._trails[first] = _Trail(
-                seq.adapter_name, seq.history_cache._token_ids, node, table
-            )
-            if len(self._trails) > _TRAILS:
-                del self._trails[next(iter(self._trails))]
-        self.expendable.difference_update(kept)
+        if self.expendable:
+            self.expendable.difference_update(kept)
 
     def store_answer(self, seq: Any) -> None:
         """Put the full blocks of a sequence whose answer has ended into the trie.
@@ -194,20 +128,22 @@ class KVManager:
 
     # Admission.
 
-    def snapshot(self, seq: Any) -> Snapshot:
-        """What `undo` needs; take it before `match`."""
-        cursor = getattr(seq.logical_blocks, "last_shared_node", None)
-        return Snapshot(len(seq.logical_blocks), cursor, seq.num_history_ids)
+    def undo(self, seq: Any, blocks: int, cursor: Any, history: int) -> None:
+        """Give back what a match took, after a sequence could not be admitted (B4).
 
-    def undo(self, seq: Any, before: Snapshot) -> None:
-        """Give back what a match took, after a sequence could not be admitted (B4)."""
+        Args:
+            seq: the sequence.
+            blocks: how many it had before.
+            cursor: where it was in the trie.
+            history: its computed tokens.
+        """
         table = seq.logical_blocks
-        taken = table.get_real_blocks()[before.blocks :].copy()
+        taken = table.get_real_blocks()[blocks:].copy()
         if len(taken):
             self.blocks.allocator.free(taken)
-            table.resize(before.blocks)
-            seq.set_step(before.history)
-        table.last_shared_node = before.cursor
+            table.resize(blocks)
+            seq.set_step(history)
+        table.last_shared_node = cursor
 
     # Residency.
 

@@ -9,7 +9,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import EngineView, RequestView
-from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, WORKER, NamedSequences, Names
+from sagellm_ir.runtime.engines.lmdeploy.view import ENDED, WORKER, NamedSequences
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import DEVICE, HOST, ModelSpec, Target, Tier, Worker
 
@@ -60,14 +60,14 @@ class OnlineSource:
 
     Args:
         planner: of the target that the engine is; it may let steps outlast answers.
-        scheduler: LMDeploy's.
-        names: those of the driver.
+        requests: those of the driver, which refreshes them.
     """
 
-    def __init__(self, planner: OnlinePlanner, scheduler: Any, names: Names) -> None:
+    def __init__(self, planner: OnlinePlanner, requests: NamedSequences) -> None:
         self.planner = planner
-        self._states = scheduler.seq_manager.get_sequences
-        self._requests = NamedSequences(scheduler, names)
+        self._states = requests.scheduler.seq_manager.get_sequences
+        self._requests = requests
+        self._news = requests.follow()
         self._over: set[int] = set()
         """Sequences whose end the planner knows."""
 
@@ -82,6 +82,7 @@ class OnlineSource:
     def observe(self) -> None:
         """Take in what has come and ended, so that the next tick need not."""
         self._look()
+        self.planner.look_ahead()
 
     def ahead(self) -> PlanStep | None:
         """The next prefill while a step is in flight, or None: there is none, or it is not sure."""
@@ -91,10 +92,11 @@ class OnlineSource:
     def prepare(self) -> None:
         """Plan what has come while decodes are in flight."""
         self._look()
+        self.planner.look_ahead()
         self.planner.compile_ahead()
 
     def _look(self) -> None:
-        come, gone = self._requests.refresh()
+        come, gone = self._news.take()
         for seen in gone:
             self._over.discard(seen.seq.seq_id)
             over = seen.seq.status in ENDED

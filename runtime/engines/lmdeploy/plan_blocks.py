@@ -21,7 +21,7 @@ class PlanBlocks:
 
     def bind(self, bind: Bind, seq: Any) -> None:
         """Remember what stands for the blocks of a bind, after the sequence got its blocks."""
-        if seq is not None:
+        if seq is not None and bind.at < seq.logical_blocks._num_real:
             table = seq.logical_blocks.get_real_blocks()[bind.at : bind.at + len(bind.blocks)]
             self._own[DEVICE].update(zip(bind.blocks, table.tolist(), strict=False))
 

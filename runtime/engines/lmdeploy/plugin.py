@@ -16,7 +16,7 @@ from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.config import SageConfig, load_config
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
-from sagellm_ir.runtime.engines.lmdeploy.view import Names
+from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import Target
 
@@ -38,12 +38,12 @@ def attach(role: str, engine: Any = None) -> PlanDriver | None:
         prepare(config)
     if role != "engine":
         return None
-    names = Names()
+    requests = NamedSequences(engine.scheduler, Names())
     target = target_of(engine, base_target(config))
     planner = OnlinePlanner(target, config.engine.pipeline, window=_WINDOW, outlast=True)
-    source = OnlineSource(planner, engine.scheduler, names)
+    source = OnlineSource(planner, requests)
     try:
-        return PlanDriver(engine, source, names)
+        return PlanDriver(engine, source, requests)
     except ValueError as error:
         logger.warning("%s; LMDeploy schedules by its own rules", error)
         return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from attrs import evolve
+from attrs import asdict, define
 from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
@@ -44,6 +44,16 @@ _IDLE = 0.1
 """Seconds until a source that had nothing is asked again: as LMDeploy does."""
 
 
+@define
+class _Counted:
+    """See `EngineStats`."""
+
+    steps: int = 0
+    forwards: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
 class PlanDriver:
     """Drives one LMDeploy engine by a `PlanSource`. `attach` starts it, `detach` ends it.
 
@@ -51,7 +61,7 @@ class PlanDriver:
         engine: LMDeploy's `Engine`, patched; without data parallelism, speculative decoding or
             state-space layers (`ValueError` otherwise).
         source: where steps come from.
-        names: request ids by session; requests that are not in it are named `session-N`.
+        requests: the scheduler's, under their names; None: all are named `session-N`.
         overlap: ask for the next step while one is in flight. A finished plan can do so; a source
             that reads the view cannot, as sequences in flight are not in it.
         hold: run nothing while the source gives nothing, instead of what LMDeploy would run.
@@ -61,7 +71,7 @@ class PlanDriver:
         self,
         engine: Any,
         source: PlanSource,
-        names: Names | None = None,
+        requests: NamedSequences | None = None,
         overlap: bool = False,
         hold: bool = False,
     ) -> None:
@@ -69,11 +79,9 @@ class PlanDriver:
         self.engine = engine
         self.scheduler = engine.scheduler
         self.source = source
-        self.names = names or Names()
         self.overlap = overlap
         self.hold = hold
-        self.stats = EngineStats()
-        """What was scheduled, by plan and by LMDeploy, since the driver was made."""
+        self._counted = _Counted()
         self.kv = KVManager(self.scheduler)
         self.admission = Admission(self.kv)
         self.changed = asyncio.Event()
@@ -92,8 +100,9 @@ class PlanDriver:
         """The rows of a step in `_ready` that only decodes them."""
         self._last: tuple[list[Any], object, Any] = ([], None, None)
         """Rows and groups of the last decode step, and how they were ordered."""
-        self._requests = NamedSequences(self.scheduler, self.names)
-        self._checks = StepChecks(self.scheduler, self._requests, self.names)
+        self.requests = requests or NamedSequences(self.scheduler, Names())
+        self._news = self.requests.follow()
+        self._checks = StepChecks(self.requests)
         self._blocks = PlanBlocks(self.kv)
         self._agreed: Agreed = {}
         """Of the last decode step, while no sequence has lost its blocks."""
@@ -108,10 +117,16 @@ class PlanDriver:
         self.engine.seq_strategy = self.engine.seq_strategy._inner
         self.kv.detach()
 
+    @property
+    def stats(self) -> EngineStats:
+        """What was scheduled, by plan and by LMDeploy, since the driver was made."""
+        moved = self.kv.counters.spilled + self.kv.counters.restored
+        return EngineStats(**asdict(self._counted), moved_blocks=moved)
+
     def view(self) -> EngineView:
         """What the engine reports to the source."""
-        self._requests.refresh()
-        return self._requests.snapshot()
+        self.requests.refresh()
+        return self.requests.snapshot()
 
     def move(self, step: PlanStep) -> None:
         """Do the moves and frees of a step without rows, while nothing is in flight."""
@@ -151,7 +166,7 @@ class PlanDriver:
         self._plain = None
         if step.prefill or not step.decode or self.scheduler.num_locked():
             return False
-        rows = list(map(self._requests.found.get, step.decode))
+        rows = list(map(self.requests.found.get, step.decode))
         running = MessageStatus.RUNNING
         if [1 for seq in rows if seq is None or seq._status is not running]:
             return False
@@ -180,7 +195,7 @@ class PlanDriver:
         self._answer_aborted()
         self._count(output, is_prefill)
         if self.trace is not None and output.running:
-            record(self.trace, self.names, self.kv.blocks, output, is_prefill)
+            record(self.trace, self.requests.names, self.kv.blocks, output, is_prefill)
         return output
 
     async def idle(self) -> None:
@@ -199,18 +214,20 @@ class PlanDriver:
         rows = len(output.running)
         tokens = sum(seq.num_token_ids for seq in output.running) if is_prefill else rows
         tokens *= output.loop_count
-        self.stats = evolve(
-            self.stats,
-            steps=self.stats.steps + 1,
-            forwards=self.stats.forwards + output.loop_count,
-            prefill_tokens=self.stats.prefill_tokens + (tokens if is_prefill else 0),
-            decode_tokens=self.stats.decode_tokens + (0 if is_prefill else tokens),
-            moved_blocks=self.kv.counters.spilled + self.kv.counters.restored,
-        )
+        counted = self._counted
+        counted.steps += 1
+        counted.forwards += output.loop_count
+        if is_prefill:
+            counted.prefill_tokens += tokens
+        else:
+            counted.decode_tokens += tokens
 
     def _refresh(self) -> None:
-        come, _ = self._requests.refresh()
+        self.requests.refresh()
+        come, gone = self._news.take()
         self._checks.seen.update([seen.id for seen in come])
+        for seen in gone:
+            self.admission.prefixes.forget(seen.seq)
 
     def _forward_done(self) -> None:
         """Tokens of a forward have come: let the source see who has ended, while the next one runs.
@@ -228,6 +245,8 @@ class PlanDriver:
         if self.scheduler.plan_source is self:
             self._refresh()
             self._steps(call)
+            waiting = self.scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
+            self.admission.prefixes.read(waiting.values())
             self.kv.keep_room()
             collect_early()
 
@@ -237,7 +256,7 @@ class PlanDriver:
     # Steps.
 
     def _ask(self) -> list[PlanStep]:
-        return self._steps(lambda: self.source.next_step(self._requests.view()))
+        return self._steps(lambda: self.source.next_step(self.requests.view()))
 
     def _steps(self, ask: Callable[[], PlanStep | None]) -> list[PlanStep]:
         try:
@@ -265,7 +284,7 @@ class PlanDriver:
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
-        rows = {name: self._requests.found[name] for name in named(step)}
+        rows = {name: self.requests.found[name] for name in named(step)}
         return self._run(step, rows, is_prefill)
 
     def _run(
@@ -286,7 +305,7 @@ class PlanDriver:
         if not ran:
             return None
         for bind in step.binds:
-            self._blocks.bind(bind, self._requests.found.get(bind.request))
+            self._blocks.bind(bind, self.requests.found.get(bind.request))
         if len(ran) < len(seqs):
             running = {seq.seq_id for seq in ran}
             seqs = {name: seq for name, seq in seqs.items() if seq.seq_id in running}

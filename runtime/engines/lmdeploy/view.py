@@ -11,7 +11,7 @@ from lmdeploy.pytorch.messages import MessageStatus
 from sagellm_ir.runtime.backend import CachedPrefix, EngineView, Finish, RequestView
 from sagellm_ir.target import DEVICE, HOST
 
-__all__ = ["ENDED", "WORKER", "NamedSequences", "Names", "still"]
+__all__ = ["ENDED", "WORKER", "NamedSequences", "Names", "News", "still"]
 
 _UNNAMED = re.compile(r"session-(\d+)-\d+")
 ENDED = frozenset((MessageStatus.STOPPED, MessageStatus.ABORTED, MessageStatus.TO_BE_MIGRATED))
@@ -150,11 +150,26 @@ class _Now(EngineView):
         return self.requests.free()
 
 
+class News:
+    """What has come and gone since its reader asked last."""
+
+    def __init__(self) -> None:
+        self.come: list[_Live] = []
+        self.gone: list[_Live] = []
+
+    def take(self) -> tuple[list[_Live], list[_Live]]:
+        """What has come, and what has gone."""
+        taken = self.come, self.gone
+        self.come, self.gone = [], []
+        return taken
+
+
 class NamedSequences:
     """The sequences of a scheduler under the names of their requests."""
 
     def __init__(self, scheduler: Any, names: Names) -> None:
-        self._scheduler, self._names = scheduler, names
+        self.scheduler, self.names = scheduler, names
+        self._followers: list[News] = []
         self.live: dict[int, _Live] = {}
         """By sequence id, as of the last `refresh`."""
         self.found: dict[str, Any] = {}
@@ -162,9 +177,14 @@ class NamedSequences:
         self._mark: tuple[int, int | None] = (0, None)
         """How many sequences there were at the last `refresh`, and the last of them."""
 
-    def refresh(self) -> tuple[list[_Live], list[_Live]]:
+    def follow(self) -> News:
+        """News from here on, for one more reader."""
+        self._followers.append(News())
+        return self._followers[-1]
+
+    def refresh(self) -> None:
         """Look what has come and what has gone; costs as much as that and what waits."""
-        manager = self._scheduler.seq_manager
+        manager = self.scheduler.seq_manager
         all_now, live = manager._seq_map, self.live
         gone, new = list[_Live](), list[int]()
         # Sequences are numbered as they come: a newcomer is the last one.
@@ -173,18 +193,24 @@ class NamedSequences:
             self._mark = mark
             gone += [live.pop(number) for number in live.keys() - all_now.keys()]
             new += sorted(all_now.keys() - live.keys())
-        for number, seq in manager.get_sequences(MessageStatus.WAITING).items():
-            seen = live.get(number)
-            if seen is not None and seen.start != seq.output_start_pos:  # the next turn
-                gone.append(live.pop(number))
-                new.append(number)
+        turns = [
+            number
+            for number, seq in manager.get_sequences(MessageStatus.WAITING).items()
+            if (seen := live.get(number)) is not None and seen.start != seq.output_start_pos
+        ]
+        gone += map(live.pop, turns)
+        new += turns
+        if not gone and not new:
+            return
         for seen in gone:
             self.found.pop(seen.id, None)
-        come = [_Live(self._names.request(all_now[number]), all_now[number]) for number in new]
+        come = [_Live(self.names.request(all_now[number]), all_now[number]) for number in new]
         for seen in come:
             live[seen.seq.seq_id] = seen
             self.found[seen.id] = seen.seq
-        return come, gone
+        for news in self._followers:
+            news.come += come
+            news.gone += gone
 
     def snapshot(self) -> EngineView:
         """What the engine reports, all of it, to keep."""
@@ -203,7 +229,7 @@ class NamedSequences:
 
     def free(self) -> dict[tuple[str, str], int]:
         """Free blocks by worker and tier."""
-        manager = self._scheduler.block_manager
+        manager = self.scheduler.block_manager
         return {
             (WORKER, DEVICE): int(manager.get_num_free_gpu_blocks()),
             (WORKER, HOST): int(manager.get_num_free_cpu_blocks()),

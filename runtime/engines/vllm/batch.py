@@ -4,13 +4,15 @@ from collections.abc import Collection, Iterable, Sequence
 
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
 from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanMoves
 from sagellm_ir.runtime.engines.vllm.sequences import Row
 from sagellm_ir.runtime.engines.vllm.versions import make
+from sagellm_ir.target import Target
 
-__all__ = ["common_blocks", "goes_on", "scheduler_output"]
+__all__ = ["check_rows", "common_blocks", "goes_on", "scheduler_output"]
 
 
 def scheduler_output(
@@ -90,6 +92,38 @@ def _go_on(
     cached.new_block_ids.append((added,) if anew or added else None)
     if anew or name not in before:
         cached.all_token_ids[name] = list(request.all_token_ids)
+
+
+def check_rows(rows: Sequence[Row], ledger: BlockLedger, target: Target) -> None:
+    """Refuse a forward in which vLLM's worker would crash, or read what is not there.
+
+    Raises:
+        SageIRError: what is wrong with it.
+    """
+    for row in rows:
+        if not 0 <= row.start < row.stop <= row.sequence.known:
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan runs tokens [{row.start}, {row.stop}) of request "
+                    f"{row.sequence.name!r}, which has {row.sequence.known}"
+                )
+            )
+        ledger.table(row.sequence.name, row.stop)
+    tokens = sum(row.stop - row.start for row in rows)
+    problem = ""
+    if len({row.sequence.name for row in rows}) != len(rows):
+        problem = "a request stands in it twice"
+    elif len(rows) > target.max_batch:
+        problem = f"it has {len(rows)} rows; vLLM was made for {target.max_batch}"
+    elif tokens > target.max_tokens:
+        problem = f"it has {tokens} tokens; vLLM was made for {target.max_tokens}"
+    if problem:
+        raise SageIRError(
+            Diagnostic(
+                f"the plan's step cannot run: {problem}",
+                help="compile the plan for this engine's target",
+            )
+        )
 
 
 def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size: int) -> int:

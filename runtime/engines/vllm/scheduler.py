@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from attrs import evolve
-from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
@@ -17,9 +16,15 @@ from vllm.v1.request import RequestStatus
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import KVMove, PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish, PlanSource
-from sagellm_ir.runtime.engines.vllm.batch import common_blocks, goes_on, scheduler_output
+from sagellm_ir.runtime.engines.vllm.batch import (
+    check_rows,
+    common_blocks,
+    goes_on,
+    scheduler_output,
+)
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
 from sagellm_ir.runtime.engines.vllm.connector import Copy
+from sagellm_ir.runtime.engines.vllm.interface import BareScheduler
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
 from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
 from sagellm_ir.runtime.engines.vllm.targets import plan_name, takes_groups, target_of
@@ -36,7 +41,7 @@ _FINISHES: dict[RequestStatus, Finish] = {
 }
 
 
-class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no types
+class PlanScheduler(BareScheduler):
     """Give it to vLLM as `scheduler_cls`, with `PlanConnector` as its KV connector.
 
     By itself it plans online (`OnlineSource`), so stock entry points (`LLM`, `vllm serve`) run by
@@ -99,7 +104,6 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         """Requests that the workers are to forget."""
         self._told: dict[int, set[str]] | None = defaultdict(set) if include_finished_set else None
         """Requests that ended, by client, for vLLM's data-parallel front end."""
-        self._paused = PauseState.UNPAUSED
 
     # What vLLM calls in each tick.
 
@@ -138,7 +142,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take the tokens of the forward."""
         outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
-        sampled = model_runner_output.sampled_token_ids
+        sampled, made = model_runner_output.sampled_token_ids, 0
         for row in self._flight.popleft():
             sequence, request = row.sequence, row.sequence.request
             sequence.pending -= row.samples
@@ -150,6 +154,8 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
                 outputs[request.client_index].append(
                     self._push(sequence, tokens, at, model_runner_output)
                 )
+                made += len(tokens)
+        self._count(generated=made)
         for request in self._refused():
             ended = EngineCoreOutput(
                 request.request_id, [], finish_reason=request.get_finished_reason()
@@ -170,7 +176,6 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             if stopped := check_stop(request, self._max_len):
                 del tokens[place + 1 :]
                 break
-        self._count(generated=len(tokens))
         wanted = request.sampling_params.num_logprobs if out.logprobs else None
         if stopped:
             self._end(sequence, _FINISHES.get(request.status, "stop"))
@@ -206,7 +211,7 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             rows = rows_of(self._step, self.sequences)
             left, self._left = self._left, 0  # a step that cannot run is not tried again
             if rows:
-                self._check_rows(rows)
+                check_rows(rows, self.ledger, self.target)
                 self._left = left - 1
                 return rows
 
@@ -234,33 +239,6 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
             self.ledger.bind(bind)
         self._left = 1 if step.prefill else step.loops
         self._count(steps=1)
-
-    def _check_rows(self, rows: list[Row]) -> None:
-        """Raise `SageIRError` where vLLM's worker would crash, or read what is not there."""
-        for row in rows:
-            if not 0 <= row.start < row.stop <= row.sequence.known:
-                raise SageIRError(
-                    Diagnostic(
-                        f"the plan runs tokens [{row.start}, {row.stop}) of request "
-                        f"{row.sequence.name!r}, which has {row.sequence.known}"
-                    )
-                )
-            self.ledger.table(row.sequence.name, row.stop)
-        tokens = sum(row.stop - row.start for row in rows)
-        problem = ""
-        if len({row.sequence.name for row in rows}) != len(rows):
-            problem = "a request stands in it twice"
-        elif len(rows) > self.target.max_batch:
-            problem = f"it has {len(rows)} rows; vLLM was made for {self.target.max_batch}"
-        elif tokens > self.target.max_tokens:
-            problem = f"it has {tokens} tokens; vLLM was made for {self.target.max_tokens}"
-        if problem:
-            raise SageIRError(
-                Diagnostic(
-                    f"the plan's step cannot run: {problem}",
-                    help="compile the plan for this engine's target",
-                )
-            )
 
     def view(self) -> EngineView:
         """What the source is asked with."""
@@ -345,41 +323,6 @@ class PlanScheduler(SchedulerInterface):  # type: ignore[misc]  # vLLM has no ty
         going = [sequence for sequence in self.sequences.values() if not sequence.finish]
         running = sum(1 for sequence in going if sequence.computed)
         return running, len(going) - running
-
-    # The rest of vLLM's interface.
-
-    @property
-    def pause_state(self) -> PauseState:
-        """Whether vLLM has paused the engine."""
-        return self._paused
-
-    def set_pause_state(self, pause_state: PauseState) -> None:
-        """vLLM's own; a plan goes on where it was."""
-        self._paused = pause_state
-
-    def get_grammar_bitmask(self, scheduler_output: Any) -> None:
-        """None: requests with a grammar are refused."""
-
-    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """There are none: speculative decoding is refused."""
-
-    def update_draft_token_ids_in_output(self, draft_token_ids: Any, scheduler_output: Any) -> None:
-        """There are none."""
-
-    def reset_prefix_cache(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        """False: what is cached is the plan's."""
-        return False
-
-    def reset_encoder_cache(self) -> None:
-        """There is none."""
-
-    def make_stats(self) -> None:
-        """None: `stats` has the counters."""
-
-    def shutdown(self) -> None:
-        """Nothing to do."""
 
     def _count(self, **more: float) -> None:
         now = {name: getattr(self.stats, name) + value for name, value in more.items()}

@@ -87,6 +87,36 @@ def test_what_was_read_is_what_the_match_finds(common: int, evicted: int, read: 
     assert found[0][1] == min(common // BLOCK, 6 - evicted) * BLOCK
 
 
+@pytest.mark.parametrize("evicted", [0, 1, 4])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_prompt_that_lost_its_blocks_after_a_chunk_is_matched_again(
+    evicted: int, anew: bool
+) -> None:
+    """`anew`: each chunk reads it."""
+    sched = scheduler()
+    kv = KVManager(sched)
+    prefixes, seq = Prefixes(kv), add(sched, 1, list(range(6 * BLOCK)))
+    for chunk in (2, 2):
+        if anew:
+            prefixes.forget(seq)
+        prefixes.fetch(seq)
+        seq._num_token_ids = chunk * BLOCK
+        sched.block_manager.allocate(seq, 0)
+        prefixes.store(seq)
+        seq._num_history_ids += seq._num_token_ids
+        seq._num_token_ids = 6 * BLOCK - seq._num_history_ids
+    kv.release(seq)
+    if evicted:
+        sched.block_trie.evict(evicted)
+    prefixes.fetch(seq)
+    assert seq.num_history_ids == (4 - evicted) * BLOCK == len(blocks_of(seq)) * BLOCK
+    sched.block_manager.allocate(seq, 0)
+    prefixes.store(seq)
+    two = add(sched, 2, [*range(6 * BLOCK), 7])
+    prefixes.fetch(two)
+    assert blocks_of(two) == blocks_of(seq)
+
+
 def rows_of(starts: list[int]) -> tuple[Any, dict[str, Any]]:
     """Sequences r0, r1, ... whose first two blocks are those of a prefix."""
     sched = scheduler()

@@ -56,9 +56,11 @@ class Admission:
     def _take_blocks(self, seqs: Iterable[Any]) -> None:
         """Take blocks for all that rows may have to compute; not when there are too few."""
         manager, size = self.scheduler.block_manager, self.kv.trie.block_size
-        needed = [-(-len(seq.history_cache) // size) - seq.logical_blocks._num_real for seq in seqs]
-        if manager.num_cpu_blocks == 0 and 0 < sum(needed) <= manager.get_num_free_gpu_blocks():
-            self._ready = manager.allocator.allocate(sum(needed))
+        needed = sum(
+            [-(-len(seq.history_cache) // size) - seq.logical_blocks._num_real for seq in seqs]
+        )
+        if manager.num_cpu_blocks == 0 and 0 < needed <= manager.get_num_free_gpu_blocks():
+            self._ready = manager.allocator.allocate(needed)
 
     def _admit(self, pairs: Sequence[tuple[Any, PrefillChunk]]) -> list[Any]:
         budget = self.scheduler.cache_config.max_prefill_token_num

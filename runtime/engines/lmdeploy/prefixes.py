@@ -44,13 +44,13 @@ class _Prompt:
     first: int
     """The key of its first block."""
     start: int
-    """Where `keys` begin."""
-    keys: list[int]
-    """Of the full blocks from `start` on."""
+    """Where `nodes` begin."""
+    nodes: list[Any]
+    """Of the full blocks from `start` on, to be put into the trie."""
     node: Any
     """How far the trie holds it at least."""
     blocks: Any
-    """Those up to `node`, from the root's child on; none when the sequence holds them itself."""
+    """Those up to `node`, from the root's child on."""
 
 
 class Prefixes:
@@ -84,13 +84,15 @@ class Prefixes:
         trie, hook, table, size = self._trie, self._hook, seq.logical_blocks, self._size
         if not trie.enable or not hook.before_fetch(seq):
             return
-        prompt = self._prompt(seq)
-        node, blocks = prompt.node, prompt.blocks
+        prompt, node, blocks = self._prompt(seq), table.last_shared_node, _NONE
+        if node is None or node.num_matched == 0:
+            node, blocks = prompt.node, prompt.blocks
         at, most = node.num_matched, seq._num_history_ids + seq._num_token_ids
         found: list[int] = []
         while node.children and at + size < most:
-            child = node.children.get(prompt.keys[(at - prompt.start) // size])
-            if child is None or not self._is_equal(seq, at, child) or not hook.can_fetch(child):
+            wanted = prompt.nodes[(at - prompt.start) // size]
+            child = node.children.get(wanted.hash_key)
+            if child is None or not _is_equal(child, wanted) or not hook.can_fetch(child):
                 break
             found.append(child.block)
             node, at = child, at + size
@@ -116,17 +118,16 @@ class Prefixes:
         if first >= stop:
             return
         prompt = self._prompt(seq)
-        keys = prompt.keys[(first - prompt.start) // size : (stop - prompt.start) // size]
-        tokens, blocks = seq.history_cache._token_ids, table._blocks[first // size : stop // size]
+        nodes = prompt.nodes[(first - prompt.start) // size : (stop - prompt.start) // size]
+        blocks = table._blocks[first // size : stop // size]
         if not node.children:
             trie.leaves.discard(node)
-        at, count = first, 0
-        for key, block in zip(keys, blocks.tolist(), strict=True):
-            if key in node.children:
+        count = 0
+        for child, block in zip(nodes, blocks.tolist(), strict=True):
+            if child.hash_key in node.children:
                 break
-            child = Node(key, block, tokens[at : at + size], at + size)
-            child.parent = node
-            node, at, count = child, at + size, count + 1
+            child.block, child.parent = block, node
+            node, count = child, count + 1
         table.last_shared_node = node
         if node.parent is not None and not node.children:
             trie.leaves.add(node)
@@ -135,42 +136,38 @@ class Prefixes:
         hook.after_store(seq, kept.tolist(), ())
         self._remember(seq, prompt, node)
 
-    def _is_equal(self, seq: Any, at: int, node: Any) -> bool:
-        return bool((seq.history_cache._token_ids[at : at + self._size] == node.tokens).all())
-
     def _prompt(self, seq: Any) -> _Prompt:
         """What is known of a prompt, from where its sequence is in the trie; read if it was not."""
-        prompt = self._prompts.get(seq.seq_id)
-        cursor = seq.logical_blocks.last_shared_node
+        prompt, cursor = self._prompts.get(seq.seq_id), seq.logical_blocks.last_shared_node
         at = 0 if cursor is None else cursor.num_matched
-        if prompt is None or prompt.known != len(seq.history_cache):
-            prompt = None
-        elif at:
-            if prompt.start <= at:
-                prompt.node, prompt.blocks = cursor, _NONE
-            else:
+        if prompt is not None and not at:
+            if prompt.node.num_matched == 0:
+                self._follow(seq, prompt)  # somebody else may have gone there
+            elif prompt.node.parent is None:  # dropped, and so may be what is before it
                 prompt = None
-        elif prompt.node.num_matched == 0:
-            self._follow(seq, prompt)  # somebody else may have gone there
-        elif (
-            prompt.node.parent is None
-        ):  # it was dropped, as leaves are, so what is before it may be
-            prompt = None
-        if prompt is None:
-            prompt = self._prompts[seq.seq_id] = self._read(seq, cursor if at else None)
+        if (
+            prompt is None
+            or prompt.known != len(seq.history_cache)
+            or prompt.start > (at or prompt.node.num_matched)
+        ):
+            prompt = self._prompts[seq.seq_id] = self._read(seq, at)
         return prompt
 
-    def _read(self, seq: Any, cursor: Any) -> _Prompt:
+    def _read(self, seq: Any, at: int) -> _Prompt:
+        """Read a prompt behind its first tokens, which its sequence has in the trie."""
         size, known = self._size, len(seq.history_cache)
-        tokens = seq.history_cache._token_ids
+        tokens, root = seq.history_cache._token_ids, self._trie.get_root(seq.adapter_name)
         first = _key(tokens[: min(size, known)].tolist())
-        node = cursor or self._trie.get_root(seq.adapter_name)
-        prompt = _Prompt(known, first, 0, [], node, _NONE)
-        if cursor is None:
+        prompt = _Prompt(known, first, at, [], root, _NONE)
+        if not at:
             self._follow(seq, prompt)
-        prompt.start = prompt.node.num_matched
-        rest = tokens[prompt.start : known // size * size].tolist()
-        prompt.keys = [_key(rest[at : at + size]) for at in range(0, len(rest), size)]
+            prompt.start = prompt.node.num_matched
+        rest = tokens[prompt.start : known]
+        numbers = rest.tolist()
+        prompt.nodes = [
+            Node(_key(numbers[at : at + size]), -1, rest[at : at + size], prompt.start + at + size)
+            for at in range(0, len(rest) - size + 1, size)
+        ]
         return prompt
 
     def _follow(self, seq: Any, prompt: _Prompt) -> None:
@@ -202,6 +199,11 @@ class Prefixes:
             )
             if len(self._trails) > _TRAILS:
                 del self._trails[next(iter(self._trails))]
+
+
+def _is_equal(node: Any, other: Any) -> bool:
+    """Whether the tokens of two nodes are the same."""
+    return bool((node.tokens == other.tokens).all())
 
 
 def _key(tokens: list[int]) -> int:

@@ -135,7 +135,7 @@ class Admission:
         """Give a prefill row its blocks; False: there is no room."""
         manager = self.scheduler.block_manager
         needed = manager.num_required_blocks(seq, 0)
-        if needed <= len(self._ready):  # as nearly always
+        if 0 < needed <= len(self._ready):  # as nearly always
             seq.logical_blocks.append(self._ready[:needed])
             self._ready = self._ready[needed:]
             return True

@@ -210,10 +210,13 @@ class Steps:
         return binds
 
     def _join(self, step: PlanStep, ends: int) -> PlanStep:
-        """The batch runs in a step with prefills, where the target mixes them; else it rests."""
+        """The batch runs in a step with prefills, where the target mixes them and there is room; else it
+        rests."""
         self._sums = step.collectives or self._sums
         batch = self.batch
-        if not self.target.mixed or not len(batch):
+        tokens = sum(chunk.stop - chunk.start for chunk in step.prefill) + len(batch)
+        # The compiler left room for the batch of then; what began since may have none in a full step.
+        if not self.target.mixed or not len(batch) or tokens > self.target.max_tokens:
             self.rested += step.cost if len(batch) else 0.0
             # What the fragment would decode may have left the batch.
             return evolve(step, decode=()) if step.decode else step
@@ -222,7 +225,6 @@ class Steps:
             (chunk.request, tuple(self.rows[chunk.request].table[: chunk.start // size]))
             for chunk in step.prefill
         ]
-        tokens = sum(chunk.stop - chunk.start for chunk in step.prefill) + len(batch)
         step = evolve(
             step,
             decode=batch.names,

@@ -13,7 +13,7 @@ Slots = dict[int, int]
 
 
 class CheckedEngine(SimulatorEngine):
-    """Fails when a row reads KV that is not exactly that of its own tokens so far."""
+    """Fails when a row reads KV that is not exactly that of its own tokens so far, or a step is too large."""
 
     def submit(self, request: PlanRequest, sampling: Sampling = Sampling()) -> None:
         super().submit(request, sampling)
@@ -27,6 +27,9 @@ class CheckedEngine(SimulatorEngine):
         self.tables[request.id] = []
 
     def step(self, step: PlanStep) -> list[TokenEvent]:
+        chunks = sum(chunk.stop - chunk.start for chunk in step.prefill)
+        assert chunks + len(step.decode) <= self.target.max_tokens
+        assert len(step.prefill) + len(step.decode) <= self.target.max_batch
         for action in step.kv:
             if isinstance(action, KVFree):
                 for block in action.blocks:

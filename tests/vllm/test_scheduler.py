@@ -1,6 +1,7 @@
 """`PlanScheduler` alone, with a worker that knows what every KV slot must hold: no model needed."""
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,13 +126,10 @@ def test_any_plan(pipeline: str, seed: int, data: st.DataObject) -> None:
     assert scheduler.has_finished_requests()  # the workers will be told
 
 
-@ASYNCHRONOUS
-@given(seed=st.integers(0, 2**20), pace=st.integers(1, 5), data=st.data())
-@settings(max_examples=30)
-def test_online(asynchronous: bool, seed: int, pace: int, data: st.DataObject) -> None:
+def serve(asynchronous: bool, seed: int, pace: int, choose: Callable[[list[str]], str]) -> None:
     """Requests that come and go while others run, planned tick by tick: every one finishes.
 
-    Some are aborted, and some end with a token that nobody knew of.
+    Two that are chosen are aborted, and some end with a token that nobody knew of.
     """
     core = unit.Core(unit.target(BLOCKS), asynchronous)
     scheduler = core.scheduler
@@ -145,7 +143,7 @@ def test_online(asynchronous: bool, seed: int, pace: int, data: st.DataObject) -
             made = unit.request(request.id, tokens_of(request), request.max_new_tokens, stop=ends)
             scheduler.add_request(made)
         if now in (7, 11) and scheduler.sequences:
-            name = data.draw(st.sampled_from(sorted(scheduler.sequences)))
+            name = choose(sorted(scheduler.sequences))
             aborted.add(name)
             scheduler.finish_requests(f"{name}-internal", RequestStatus.FINISHED_ABORTED)
         if core.busy:
@@ -160,6 +158,19 @@ def test_online(asynchronous: bool, seed: int, pace: int, data: st.DataObject) -
             whole = whole[: whole.index(stop) + 1]
         got = core.answers.get(request.id, [])
         assert got == (whole[: len(got)] if request.id in aborted else whole)
+
+
+@ASYNCHRONOUS
+@given(seed=st.integers(0, 2**20), pace=st.integers(1, 5), data=st.data())
+@settings(max_examples=30)
+def test_online(asynchronous: bool, seed: int, pace: int, data: st.DataObject) -> None:
+    serve(asynchronous, seed, pace, lambda names: data.draw(st.sampled_from(names)))
+
+
+def test_what_began_to_decode_rests_in_a_full_step() -> None:
+    """A chunk takes all tokens of a forward, by a plan in which the other row rests: it rests."""
+    names = iter(("r1", "r5"))
+    serve(False, 568251, 1, lambda _: next(names))
 
 
 def test_tenants_share_nothing() -> None:

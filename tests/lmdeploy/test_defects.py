@@ -121,3 +121,12 @@ def test_host_blocks_without_room_on_the_device_are_not_fetched() -> None:
     third = add(sched, 3, list(range(4 * BLOCK + 6)))
     sched.block_trie.match(third)
     assert blocks_of(third) == []
+
+
+def test_a_row_that_needs_no_more_blocks_has_its_own_on_the_device() -> None:
+    sched = scheduler(blocks=8, host=8)
+    kv, seq = KVManager(sched), add(sched, 1, list(range(2 * BLOCK)))
+    sched.block_manager.allocate(seq, 0)
+    assert kv.spill(blocks_of(seq))
+    assert Admission(kv).prefill([whole(seq)]) == [seq]
+    assert all(map(kv.on_device, blocks_of(seq)))

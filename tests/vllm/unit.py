@@ -31,9 +31,7 @@ def target(blocks: int, host: int = 64, tokens: int = 24, batch: int = 3) -> Tar
     )
 
 
-def make(
-    aim: Target, cascade: bool = True, asynchronous: bool = False, **config: Any
-) -> PlanScheduler:
+def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
     """The scheduler that vLLM would make for such an engine; `config` changes vLLM's configuration.
 
     Its configuration has the attributes that the scheduler reads.
@@ -70,7 +68,7 @@ def make(
         "scheduler_config": SimpleNamespace(
             max_num_batched_tokens=aim.max_tokens,
             max_num_seqs=aim.max_batch,
-            async_scheduling=asynchronous,
+            async_scheduling=False,
         ),
         "parallel_config": SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1
@@ -103,11 +101,13 @@ class Core:
     """vLLM's loop around a scheduler and a worker; an asynchronous one asks for a forward before the
     one before has answered."""
 
-    def __init__(self, aim: Target, asynchronous: bool = False) -> None:
-        self.scheduler = make(aim, asynchronous=asynchronous)
+    def __init__(self, scheduler: PlanScheduler, asynchronous: bool = False) -> None:
+        self.scheduler = scheduler
         self.worker = SymbolicWorker(BLOCK, asynchronous)
         self.answers: dict[str, list[int]] = {}
         """By request."""
+        self.ends: dict[str, str] = {}
+        """Why requests ended."""
         self._queue: deque[tuple[Any, Any]] = deque()
         self._depth = 1 + asynchronous
 
@@ -130,3 +130,5 @@ class Core:
             for item in client.outputs:
                 name = item.request_id.removesuffix("-internal")
                 self.answers.setdefault(name, []).extend(item.new_token_ids)
+                if item.finish_reason is not None:
+                    self.ends[name] = str(item.finish_reason)

@@ -25,8 +25,8 @@ answers, trace = Path(words[-1]), Path(words[-3])
 data = json.loads(answers.read_text())
 data["answers"][-1]["tokens"][-1] += 1
 answers.write_text(json.dumps(data))
-header, first, second, *rest = trace.read_text().splitlines()
-trace.write_text("\\n".join([header, second, first, *rest]))
+header, *forwards = trace.read_text().splitlines()
+trace.write_text("\\n".join([header, *reversed(forwards)]))
 """
 
 

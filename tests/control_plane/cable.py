@@ -50,6 +50,9 @@ class Cable:
             for writer in (back, out):
                 writer.transport.set_write_buffer_limits(0)  # what was passed arrives, cut or not
             self._writers += [back, out]
+            if self.lost.is_set():  # while this connection was being made
+                self.cut()
+                return
             await asyncio.gather(self._pass(near, out), self._pass(far, back, counted=True))
 
     async def _pass(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanConnector
+from sagellm_ir.runtime.engines.vllm.connector import PlanConnector
+from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.target import DEVICE, HOST
+from tests.vllm.late_streams import Device
 
 
 def connector(layers: list[torch.Tensor], host: int) -> Any:
@@ -60,7 +62,7 @@ def test_within_a_tier_all_is_read_before_it_is_written() -> None:
 
 def test_many_blocks_are_staged_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between tiers, and on the way between two that are not the device."""
-    monkeypatch.setattr("sagellm_ir.runtime.engines.vllm.connector.STAGED", 1000)  # two blocks
+    monkeypatch.setattr("sagellm_ir.runtime.engines.vllm.copier.STAGED", 1000)  # two blocks
     device = layers(9)
     before = [layer.clone() for layer in device]
     made = connector(device, 9)
@@ -82,3 +84,46 @@ def test_layers_of_several_types() -> None:
     made.start_load_kv(None)
     for layer, old in zip(device, before, strict=True):
         assert torch.equal(layer, old[[4, 2, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_streams_may_run_as_late_as_events_let_them(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random copies between forwards that write blocks: all as if each was done at once."""
+    rng = random.Random(seed)
+    late = Device()
+    monkeypatch.setattr("sagellm_ir.runtime.engines.vllm.copier.STAGED", 1000)  # two blocks
+    monkeypatch.setattr(torch, "get_device_module", lambda device: late)
+    device = layers(12)
+    made = connector(device, 9)
+    expected = {DEVICE: [[layer[at].clone() for layer in device] for at in range(12)]}
+    expected[HOST] = [[torch.zeros_like(part) for part in expected[DEVICE][0]] for _ in range(9)]
+    for number in range(8):
+        copies = []
+        for _ in range(rng.randrange(4)):
+            src, dst = rng.choice([(DEVICE, HOST), (HOST, DEVICE), (DEVICE, DEVICE), (HOST, HOST)])
+            count = rng.randrange(1, 8)
+            copy = Copy(
+                src,
+                dst,
+                rng.sample(range(len(expected[src])), count),
+                rng.sample(range(len(expected[dst])), count),
+            )
+            copies.append(copy)
+            read = [expected[src][at] for at in copy.src]
+            for at, content in zip(copy.dst, read, strict=True):
+                expected[dst][at] = content
+        made._get_connector_metadata = lambda copies=copies: SimpleNamespace(copies=copies)
+        made.start_load_kv(None)
+        block = rng.randrange(12)
+        with late.stream(late.current_stream()):  # the forward
+            for layer in device:
+                layer[block].fill_(number)
+        expected[DEVICE][block] = [
+            torch.full_like(part, number) for part in expected[DEVICE][block]
+        ]
+    late.run(rng)
+    for at, content in enumerate(expected[DEVICE]):
+        for layer, part in zip(device, content, strict=True):
+            assert torch.equal(layer[at], part)

@@ -7,7 +7,8 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import Copy, PlanMoves
+from sagellm_ir.runtime.engines.vllm.connector import PlanMoves
+from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.sequences import Row
 from sagellm_ir.runtime.engines.vllm.versions import make
 from sagellm_ir.target import Target

@@ -3,12 +3,9 @@
 Each tensor-parallel rank moves its own heads; so one list of moves serves all ranks.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from attrs import frozen
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -16,22 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.target import DEVICE
+from sagellm_ir.runtime.engines.vllm.copier import BlockCopier, Copy
 
-__all__ = ["Copy", "PlanConnector", "PlanMoves", "worker_tables"]
-
-STAGED = 2**26
-"""Bytes of blocks that are copied at a time between tiers."""
-
-
-@frozen
-class Copy:
-    """Copy blocks `src[i]` to `dst[i]`; device blocks in vLLM's numbers."""
-
-    from_tier: str
-    to_tier: str
-    src: Sequence[int]
-    dst: Sequence[int]
+__all__ = ["PlanConnector", "PlanMoves", "worker_tables"]
 
 
 class PlanMoves(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types
@@ -44,65 +28,20 @@ class PlanMoves(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types
 class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """The worker side of `PlanScheduler`, which fills in the metadata itself.
 
-    `kv_connector_extra_config["tiers"]` gives the blocks of each tier besides the device: memory of the
-    host, pinned beside a GPU, in which a block is one piece with all its layers. Copies go through
-    device memory of at most `STAGED` bytes and are in order with forwards: nothing here waits for
-    them, or reads what they bring.
+    `kv_connector_extra_config["tiers"]` gives the blocks of each tier besides the device.
     """
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """Take vLLM's KV tensors, one a layer, and make the other tiers beside them."""
         blocks = self._kv_cache_config.num_blocks
-        self._layers = [_blocks_first(name, cache, blocks) for name, cache in kv_caches.items()]
-        sizes = [layer[0].numel() * layer.itemsize for layer in self._layers]
-        self._stops = list(accumulate(sizes, initial=0))
-        self._device = self._layers[0].device
-        self._pinned = self._device.type != "cpu"
+        layers = [_blocks_first(name, cache, blocks) for name, cache in kv_caches.items()]
         tiers: dict[str, int] = self._kv_transfer_config.get_from_extra_config("tiers", {})
-        self._tiers = {
-            name: torch.zeros(count, sum(sizes), dtype=torch.uint8, pin_memory=self._pinned)
-            for name, count in tiers.items()
-        }
+        self._copier = BlockCopier(layers, tiers)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Do the copies of this step; called before its forward."""
-        most = max(1, STAGED // self._stops[-1])
+        """Start the copies of this step; called before its forward."""
         for copy in self._get_connector_metadata().copies:
-            # Within a tier what is read may be written, too: all is read first.
-            count = max(1, len(copy.src)) if copy.from_tier == copy.to_tier else most
-            for at in range(0, len(copy.src), count):
-                staged = self._read(copy.from_tier, copy.src[at : at + count])
-                self._write(copy.to_tier, copy.dst[at : at + count], staged)
-
-    def _read(self, tier: str, blocks: Sequence[int]) -> Tensor:
-        """Blocks of a tier, on the device: (blocks, bytes of all layers)."""
-        staged = torch.empty(len(blocks), self._stops[-1], dtype=torch.uint8, device=self._device)
-        if tier == DEVICE:
-            index = self._index(blocks)
-            for layer, part in self._parts(staged):
-                part.copy_(layer.index_select(0, index))
-        else:
-            for at, run in _runs(blocks):
-                staged[at].copy_(self._tiers[tier][run], non_blocking=True)
-        return staged
-
-    def _write(self, tier: str, blocks: Sequence[int], staged: Tensor) -> None:
-        """Undo `_read`."""
-        if tier == DEVICE:
-            index = self._index(blocks)
-            for layer, part in self._parts(staged):
-                layer.index_copy_(0, index, part)
-        else:
-            for at, run in _runs(blocks):
-                self._tiers[tier][run].copy_(staged[at], non_blocking=True)
-
-    def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, pin_memory=self._pinned).to(self._device, non_blocking=True)
-
-    def _parts(self, staged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each layer, and its part of staged blocks in its own type and shape."""
-        for layer, (start, stop) in zip(self._layers, pairwise(self._stops), strict=True):
-            yield layer, staged[:, start:stop].view(layer.dtype).view(-1, *layer.shape[1:])
+            self._copier.copy(copy)
 
     # Everything is done in `start_load_kv`.
 
@@ -129,15 +68,6 @@ class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: Any) -> PlanMoves:
         """No moves but those of the plan."""
         return PlanMoves(())
-
-
-def _runs(blocks: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Where blocks lie side by side: their places in the list, and in the tier."""
-    start = 0
-    for at in range(1, len(blocks) + 1):
-        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
-            yield slice(start, at), slice(blocks[start], blocks[at - 1] + 1)
-            start = at
 
 
 def worker_tables(worker: Any) -> dict[str, list[int]]:

@@ -23,7 +23,7 @@ from sagellm_ir.runtime.engines.vllm.batch import (
     scheduler_output,
 )
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import Copy
+from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.interface import BareScheduler
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
 from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of

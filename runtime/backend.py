@@ -1,5 +1,6 @@
 """What an engine is to the rest of sagellm-ir, and what it reports. Imports no engine and no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ __all__ = [
     "Likelihood",
     "PlanSource",
     "RequestView",
+    "Synchronous",
     "TokenEvent",
 ]
 
@@ -60,8 +62,11 @@ class RequestView:
     computed: int
     """Tokens that a forward of this request has run so far (or could skip: its last row's end)."""
     generated: int
+    """Tokens of its answer, those of steps in flight included."""
     max_new_tokens: int
     finish: Finish | None = None
+    pending: int = 0
+    """Of `generated`, those of steps in flight."""
 
 
 @frozen
@@ -125,8 +130,22 @@ class InferenceBackend(Protocol):
         """Make a request known. Steps may name it from now on."""
         ...
 
+    @property
+    def depth(self) -> int:
+        """Steps in flight, at most: with 2, a step may begin while the one before it runs."""
+        ...
+
+    def begin(self, step: PlanStep) -> None:
+        """Begin a step. It runs behind those in flight, and may use what they leave free."""
+        ...
+
+    def take(self) -> list[TokenEvent]:
+        """Wait for the oldest step in flight; its tokens, in the order they were made. Those of
+        requests that have ended meanwhile are left out."""
+        ...
+
     def step(self, step: PlanStep) -> list[TokenEvent]:
-        """Run one step; the tokens it made, in the order they were made."""
+        """Run one step while none is in flight: `begin`, and `take`."""
         ...
 
     def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
@@ -142,9 +161,30 @@ class InferenceBackend(Protocol):
         ...
 
     def release(self, request: str) -> None:
-        """Forget a request that has ended."""
+        """Forget a request that has ended; steps in flight may still name it."""
         ...
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made."""
         ...
+
+
+class Synchronous(ABC):
+    """What an `InferenceBackend` needs beside a `step` that returns when all of it has run."""
+
+    depth = 1
+    _ran: list[TokenEvent] | None = None
+
+    @abstractmethod
+    def step(self, step: PlanStep) -> list[TokenEvent]:
+        """See `InferenceBackend`."""
+
+    def begin(self, step: PlanStep) -> None:
+        """Run the step."""
+        self._ran = self.step(step)
+
+    def take(self) -> list[TokenEvent]:
+        """What it made."""
+        made, self._ran = self._ran, None
+        assert made is not None, "no step is in flight"
+        return made

@@ -18,7 +18,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
-from sagellm_ir.runtime.backend import EngineView
+from sagellm_ir.runtime.backend import EngineView, RequestView
 from sagellm_ir.runtime.batch import Batch
 from sagellm_ir.runtime.epochs import Epochs
 from sagellm_ir.runtime.fragment import warm_up
@@ -133,7 +133,8 @@ class OnlinePlanner:
 
     def end(self, name: str, tokens: Sequence[int] | None = None) -> None:
         """A request has ended, in whatever way. No step is in flight that names it, but where the
-        engine gives out blocks by itself, or runs what is in flight before anything that follows.
+        engine gives out blocks by itself, or runs what is in flight before anything that follows
+        (as backends do whose `depth` is more than 1).
 
         Args:
             name: of the request; nothing happens when it is not known.
@@ -155,7 +156,7 @@ class OnlinePlanner:
         for name in self._requests.jobs.keys() - seen.keys() - self._epochs.hidden:
             self.end(name)
         self._epochs.hidden -= seen.keys()
-        return self.advance(lambda name: seen[name].generated)
+        return self.advance(lambda name: _answered(seen[name]))
 
     def advance(self, answered: Callable[[str], int | None]) -> PlanStep | None:
         """`next_step` for who says `end` of what has ended, and `meet` of what has come.
@@ -227,6 +228,11 @@ class OnlinePlanner:
         step = evolve(step, index=self._issued, kv=(*changes, *step.kv))
         self._issued += 1
         return step
+
+
+def _answered(seen: RequestView) -> int | None:
+    """Tokens of an answer; None when a step in flight brings the last one."""
+    return None if seen.pending and seen.generated >= seen.max_new_tokens else seen.generated
 
 
 def _refused(request: PlanRequest, why: str) -> SageIRError:

@@ -1,14 +1,16 @@
 """Default vLLM beside vLLM driven by plans: one machine, one run, taking turns.
 
 Each side is a process of its own, with the same weights, prompts, pool, budgets and driver; they differ in
-the scheduler. Default vLLM has its prefix caching on. Only one of them works at a time.
+the scheduler. Default vLLM has its prefix caching on. Only one of them works at a time. A third side on
+request (`--served`): plans by our engine (`SageLLMEngine`), as our server has them, instead of by vLLM's
+own entry point; its sessions are coroutines beside the engine's thread.
 
     OMP_WAIT_POLICY=PASSIVE build/vllm/0.32.0/bin/python benchmarks/vllm.py --json out.json
 
 On a GPU, where vLLM has it:
 
     python benchmarks/vllm.py --model FOLDER --dtype bfloat16 --target h100 --scale 8 --block-size 64 --blocks 384 --tokens 4096 \
-        --settings '{"gpu_memory_utilization": 0.4}'          # both sides are on one device
+        --settings '{"gpu_memory_utilization": 0.4}'          # all sides are on one device
 """
 
 import argparse
@@ -32,7 +34,7 @@ from vllm_workloads import WORKLOADS
 from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 
-SIDES = ("default", "plans")
+SIDES = ("default", "plans", "served")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
@@ -145,8 +147,8 @@ def mismatches(ours: Rounds, theirs: Rounds) -> tuple[int, int]:
 
 
 @contextmanager
-def both(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Side]]:
-    """The two workers, started at once."""
+def workers(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Side]]:
+    """The workers, started at once."""
     sizes = {"device": {"blocks": args.blocks}, "host": {"blocks": args.host_blocks}}
     task = {
         "model": str(folder),
@@ -163,20 +165,20 @@ def both(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Side]]:
     }
     with ExitStack() as stack:
         sides = {}
-        for name in SIDES:
-            sides[name] = Side({**task, "planned": name == "plans"})
+        for name in SIDES if args.served else SIDES[:2]:
+            sides[name] = Side({**task, "side": name})
             stack.callback(sides[name].close)
         yield sides
 
 
 def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[str, dict[str, Rounds]]:
-    """Each workload on each side in turn, round after round; the first side changes."""
+    """Each workload on each side in turn, round after round, and back."""
     found = {work: {name: Rounds() for name in sides} for work in args.only}
     for side in sides.values():  # its first forwards are slow
         side.run({"workload": "unshared", "seed": -1, "scale": args.scale, "most": 2})
     for seed in range(args.rounds):
         for work, rounds in found.items():
-            for name in SIDES if seed % 2 else SIDES[::-1]:
+            for name in sides if seed % 2 else reversed(sides):
                 task = {"workload": work, "seed": seed, "scale": args.scale, "most": None}
                 rounds[name].runs.append(sides[name].run(task))
     return found
@@ -186,9 +188,9 @@ def report(found: dict[str, dict[str, Rounds]]) -> list[dict[str, Any]]:
     """A row for each side of each workload."""
     rows = []
     for work, rounds in found.items():
-        wrong, turns = mismatches(rounds["plans"], rounds["default"])
-        for name in SIDES:
-            row = {"workload": work, "side": name, **asdict(rounds[name].figures())}
+        for name, side in rounds.items():
+            wrong, turns = mismatches(side, rounds["default"])
+            row = {"workload": work, "side": name, **asdict(side.figures())}
             rows.append(row | {"differing_answers": wrong, "answers": turns})
     return rows
 
@@ -201,20 +203,23 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table()
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
-    for default, plans in zip(rows[::2], rows[1::2], strict=True):
-        for row in (default, plans):
-            rate = f"{row['tokens_per_second']:.1f}"
-            if row is plans:
-                rate += f" ({row['tokens_per_second'] / default['tokens_per_second']:.2f})"
-            table.add_row(
-                row["workload"] if row is default else "",
-                row["side"],
-                *(f"{row[name]}" for name in ("prompts", "computed", "forwards")),
-                rate,
-                *(f"{row[name]:.2f}" for name in ("first_median", "first_worst", "cpu_seconds")),
-                *(f"{row[f'scheduler_{name}'] * 1e3:.2f}" for name in ("median", "p99", "mean")),
-                "" if row is default else f"{row['differing_answers']} of {row['answers']}",
-            )
+    default: dict[str, Any] = {}
+    for row in rows:
+        rate, differ = f"{row['tokens_per_second']:.1f}", ""
+        if row["side"] == "default":
+            default = row
+        else:
+            rate += f" ({row['tokens_per_second'] / default['tokens_per_second']:.2f})"
+            differ = f"{row['differing_answers']} of {row['answers']}"
+        table.add_row(
+            row["workload"] if row is default else "",
+            row["side"],
+            *(f"{row[name]}" for name in ("prompts", "computed", "forwards")),
+            rate,
+            *(f"{row[name]:.2f}" for name in ("first_median", "first_worst", "cpu_seconds")),
+            *(f"{row[f'scheduler_{name}'] * 1e3:.2f}" for name in ("median", "p99", "mean")),
+            differ,
+        )
     console.print(table)
 
 
@@ -228,7 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pipeline", default="O2")
     parser.add_argument(
         "--settings", type=json.loads, default={}, metavar="JSON",
-        help="more fields of vLLM's EngineArgs, for both sides",
+        help="more fields of vLLM's EngineArgs, for all sides",
     )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=32, help="tokens")
     parser.add_argument("--blocks", type=int, default=96, help="of the pool")
@@ -236,6 +241,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="of a forward")
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward")
     parser.add_argument("--scale", type=int, default=1, help="multiplies lengths")
+    parser.add_argument("--served", action="store_true", help="plans by our engine, too")
     parser.add_argument("--rounds", type=int, default=3, help="with new prompts each")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -245,7 +251,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     facts = {"vllm": check_version(), **describe("torch", "transformers", "sagellm-ir")}
-    with model_folder(args.model, args.dtype) as folder, both(args, folder) as sides:
+    with model_folder(args.model, args.dtype) as folder, workers(args, folder) as sides:
         for name, side in sides.items():
             facts[f"{name}_asynchronous"] = str(side.hear()["asynchronous"])
         found = measure(args, sides)

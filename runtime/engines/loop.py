@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -88,6 +88,8 @@ class EngineLoop:
         """Names that the backend knows."""
         self._ended: list[str] = []
         """Names to release, once the planner has seen their end."""
+        self._flight: deque[PlanStep] = deque()
+        """Steps that have begun, and whose tokens have not been taken."""
         self._thread = threading.Thread(target=self._run, name=f"engine-{engine_id}", daemon=True)
 
     # From any thread.
@@ -187,6 +189,7 @@ class EngineLoop:
             idle = True
             while self._take(wait=idle):
                 idle = not self._tick()
+            self._land()
             self._finish(EngineDraining)
         except Exception:
             logger.exception("engine %s failed", self._id)
@@ -224,21 +227,38 @@ class EngineLoop:
             self._fail(ticket, SageIRError(Diagnostic("the request cannot be run")))
 
     def _tick(self) -> bool:
-        """Run the next step; False when there is none."""
+        """Begin the next step, and wait for the oldest in flight where there is no next one or no
+        room for it; False when there is neither."""
         view = self._backend.view()
         self._meter.look(view, self._waiting, len(self._tickets))
         step = self._planner.next_step(view)
         self._release()
-        if step is None:
+        if step is not None:
+            self._begin(step)
+        elif not self._flight:
             return False
-        self._schedule(step)
-        events = self._backend.step(step)
-        made = [event for event in events if event.token is not None]
-        planner = self._planner
-        stats = self._backend.stats()
-        self._meter.step(step, len(made), planner.epochs, planner.evicted, stats)
-        self._deliver(made)
+        if step is None or len(self._flight) == self._backend.depth:
+            self._take_tokens()
         return True
+
+    def _begin(self, step: PlanStep) -> None:
+        self._schedule(step)
+        self._backend.begin(step)
+        self._flight.append(step)
+        self._meter.began(step, self._planner.epochs, self._planner.evicted)
+
+    def _take_tokens(self) -> None:
+        """Wait for the oldest step in flight, and deliver its tokens."""
+        made = [event for event in self._backend.take() if event.token is not None]
+        self._flight.popleft()
+        self._meter.took(len(made), self._backend.stats())
+        self._deliver(made)
+
+    def _land(self) -> None:
+        """Leave no step in flight; nobody hears its tokens."""
+        while self._flight:
+            self._backend.take()
+            self._flight.popleft()
 
     def _release(self) -> None:
         """Forget what has ended, now that the planner has seen its end."""

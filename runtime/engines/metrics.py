@@ -129,10 +129,8 @@ class Meter:
         self._stats = EngineStats()
         self._view = EngineView()
 
-    def step(
-        self, step: PlanStep, tokens: int, epochs: int, dropped: int, stats: EngineStats
-    ) -> None:
-        """Note a step that has run; `epochs` and `dropped` blocks are the planner's totals."""
+    def began(self, step: PlanStep, epochs: int, dropped: int) -> None:
+        """Note a step that has begun; `epochs` and `dropped` blocks are the planner's totals."""
         spilled = sum(
             len(move.src)
             for move in step.kv
@@ -141,13 +139,16 @@ class Meter:
         with self._lock:
             self._spilled += spilled
             self._dropped = dropped
+            self._load = evolve(self._load, epochs=epochs)
+
+    def took(self, tokens: int, stats: EngineStats) -> None:
+        """Note a step that has run, and its tokens."""
+        with self._lock:
             self._stats = stats
             self._made.append((time.perf_counter(), tokens))
+            load = self._load
             self._load = evolve(
-                self._load,
-                steps=self._load.steps + 1,
-                epochs=epochs,
-                generated_tokens=self._load.generated_tokens + tokens,
+                load, steps=load.steps + 1, generated_tokens=load.generated_tokens + tokens
             )
 
     def started(self, timing: Timing) -> None:

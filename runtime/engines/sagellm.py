@@ -41,7 +41,8 @@ class SageLLMEngine:
         pipeline: the passes of the online planner.
         reserve: tokens of an answer to plan at a time (see `OnlinePlanner`).
         max_loops: forwards of one step, at most. Tokens are sent, and new requests looked at, after
-            each step; with more there are fewer and shorter plans.
+            each step; with more there are fewer and shorter plans. One, where the backend holds
+            several steps in flight: a step is then planned while the one before runs.
         max_waiting: requests without a first step; one more is refused with `EngineBusy`.
     """
 
@@ -59,7 +60,8 @@ class SageLLMEngine:
         self.pipeline = pipeline
         self.loaded = loaded
         self._meter = Meter(loaded.target)
-        target = evolve(loaded.target, max_loops=min(max_loops, loaded.target.max_loops))
+        loops = 1 if loaded.backend.depth > 1 else min(max_loops, loaded.target.max_loops)
+        target = evolve(loaded.target, max_loops=loops)
         planner = OnlinePlanner(target, pipeline, reserve=reserve)
         self._loop = EngineLoop(engine_id, loaded.backend, planner, self._meter, max_waiting)
 

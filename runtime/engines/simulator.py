@@ -19,6 +19,7 @@ from sagellm_ir.runtime.backend import (
     Finish,
     PlanSource,
     RequestView,
+    Synchronous,
     TokenEvent,
 )
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
@@ -60,7 +61,7 @@ class _Sequence:
         )
 
 
-class SimulatorEngine:
+class SimulatorEngine(Synchronous):
     """An `InferenceBackend` in virtual time.
 
     Args:

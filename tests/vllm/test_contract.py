@@ -42,6 +42,7 @@ def collect(events: Iterable[TokenEvent]) -> Answers:
 
 def test_it_is_a_backend(loaded: LoadedBackend) -> None:
     assert isinstance(loaded.backend, InferenceBackend)
+    assert loaded.backend.depth == 1  # vLLM does not schedule asynchronously on a CPU
     capability = loaded.backend.capability
     assert capability.block_size_multiple == 32
     assert capability.kv_dtypes == ("fp32",)

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -153,18 +152,20 @@ def test_what_the_workers_cannot_know_yet_is_waited_for(asynchronous: bool) -> N
     core = unit.Core(unit.make(unit.target(8)), asynchronous)
     prompt = (1, 2, 3, 4, 5)
     moved = KVMove("device", "device", (0, 1, 2), (3, 4, 5))
-    steps = iter(
-        [
-            PlanStep(0, binds=(Bind("a", 0, (0, 1, 2)),), prefill=(PrefillChunk("a", 0, 5),)),
-            PlanStep(1, decode=("a",)),
-            PlanStep(2, kv=(moved,), binds=(Bind("a", 0, (3, 4, 5)),), decode=("a",)),
-            PlanStep(3, decode=("a",)),
-            PlanStep(4, prefill=(PrefillChunk("a", 0, 9),)),
-            PlanStep(5, decode=("a",)),
-        ]
-    )
-    core.scheduler.source = SimpleNamespace(next_step=lambda view: next(steps, None))
+    steps = [
+        PlanStep(0, binds=(Bind("a", 0, (0, 1, 2)),), prefill=(PrefillChunk("a", 0, 5),)),
+        PlanStep(1, decode=("a",)),
+        PlanStep(2, kv=(moved,), binds=(Bind("a", 0, (3, 4, 5)),), decode=("a",)),
+        PlanStep(3, decode=("a",)),
+        PlanStep(4, prefill=(PrefillChunk("a", 0, 9),)),
+        PlanStep(5, decode=("a",)),
+    ]
+    core.scheduler.driven = True
     core.scheduler.add_request(unit.request("a", prompt, 6))
+    for step in steps:
+        core.scheduler.give(step)
+        while core.scheduler.busy:
+            core.tick()
     while core.busy:
         core.tick()
     assert core.answers["a"] == answer(prompt, 6)

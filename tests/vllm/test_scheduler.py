@@ -24,7 +24,6 @@ from sagellm_ir.passes.pipeline import PRESETS
 from sagellm_ir.request import Request, TokenPrompt
 from sagellm_ir.runtime.engines.vllm.batch import common_blocks
 from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
-from sagellm_ir.runtime.planner import PlanCursor
 from tests.vllm import unit
 from tests.vllm.worker import VOCABULARY, answer
 
@@ -68,19 +67,21 @@ def drive(
     aborted: frozenset[str] = frozenset(),
     cascade: bool = True,
 ) -> unit.Core:
-    """Run a plan. `aborted` end before their second forward."""
+    """Run a plan. `aborted` end after its first step."""
     core = unit.Core(unit.make(plan.target, cascade))
     scheduler = core.scheduler
-    scheduler.driven, scheduler.source = True, PlanCursor(plan)
+    scheduler.driven = True
     for request in requests:
         made = unit.request(request.id, tokens_of(request), request.max_new_tokens)
         scheduler.add_request(made)
-    core.tick()
-    scheduler.finish_requests(
-        [f"{name}-internal" for name in aborted], RequestStatus.FINISHED_ABORTED
-    )
-    while not scheduler.idle:
-        core.tick()
+    for number, step in enumerate(plan.steps):
+        scheduler.give(step)
+        while scheduler.busy:
+            core.tick()
+        if not number:
+            scheduler.finish_requests(
+                [f"{name}-internal" for name in aborted], RequestStatus.FINISHED_ABORTED
+            )
     return core
 
 
@@ -215,11 +216,11 @@ def test_a_step_that_cannot_run_is_refused(message: str) -> None:
     scheduler = unit.make(unit.target(8))
     scheduler.driven = True
     scheduler.add_request(unit.request("a", (1, 2, 3), 4))
-    steps = iter([REFUSED[message]])
-    scheduler.source = SimpleNamespace(next_step=lambda view: next(steps, None))
+    scheduler.give(REFUSED[message])
     with pytest.raises(SageIRError, match=message):
         scheduler.schedule()
-    assert scheduler.schedule().total_num_scheduled_tokens == 0  # it goes on with the next step
+    assert not scheduler.busy  # it goes on with the next step
+    assert scheduler.schedule().total_num_scheduled_tokens == 0
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sagellm_ir.runtime.backend import (
     EngineStats,
     EngineView,
     PlanSource,
+    Synchronous,
     TokenEvent,
 )
 from sagellm_ir.runtime.engines.embedded.attention import (
@@ -46,7 +47,7 @@ from sagellm_ir.target import DEVICE, Target
 __all__ = ["EmbeddedEngine"]
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Synchronous):
     """A model, and one KV pool for each worker of the target. It holds no scheduling policy.
 
     A step's decode rows of requests that have ended are skipped. Its prefill chunks always run:

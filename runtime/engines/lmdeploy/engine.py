@@ -18,6 +18,7 @@ from sagellm_ir.runtime.backend import (
     EngineView,
     Finish,
     PlanSource,
+    Synchronous,
     TokenEvent,
 )
 from sagellm_ir.runtime.engines.embedded.tokenizer import Detokenizer, ModelTokenizer
@@ -86,7 +87,7 @@ class _OneStep:
         return step
 
 
-class LMDeployBackend:
+class LMDeployBackend(Synchronous):
     """One LMDeploy engine, patched. It runs nothing but inside `stream` and `step`.
 
     Token ids in, tokens and their text out. Use `close` or a `with` block to end it.

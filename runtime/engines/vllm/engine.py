@@ -1,6 +1,7 @@
 """`VLLMBackendAdapter`: stock vLLM as an `InferenceBackend`, in this process."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,20 +46,10 @@ class _Client:
     finish: Finish | None = None
 
 
-class _OneStep:
-    """A source of one step."""
-
-    def __init__(self, step: PlanStep) -> None:
-        self._step: PlanStep | None = step
-
-    def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        step, self._step = self._step, None
-        return step
-
-
 class VLLMBackendAdapter:
-    """One vLLM engine whose scheduler is `PlanScheduler`. It runs nothing but inside `stream` and `step`.
+    """One vLLM engine whose scheduler is `PlanScheduler`. It runs nothing but what it is given.
+
+    Where vLLM schedules asynchronously, a step may begin while the one before runs.
 
     Decode rows of requests that have ended are skipped. Prefill chunks always run: other requests
     may share the blocks they fill.
@@ -66,22 +57,23 @@ class VLLMBackendAdapter:
     Args:
         engine: vLLM's `LLMEngine`, its core in this process; see `make_engine`.
         stop_at_eos: end an answer at the model's end token; else at the planned length.
-
-    Raises:
-        SageIRError: the engine schedules asynchronously.
     """
 
     def __init__(self, engine: Any, *, stop_at_eos: bool = True) -> None:
         self.engine = engine
-        if engine.vllm_config.scheduler_config.async_scheduling:
-            message = "a step at a time cannot be run by an engine that schedules asynchronously"
-            raise SageIRError(Diagnostic(message, help="make it with async_scheduling=False"))
-        self.scheduler: PlanScheduler = engine.engine_core.engine_core.scheduler
+        core = engine.engine_core.engine_core
+        self.scheduler: PlanScheduler = core.scheduler
         self.scheduler.driven = True
+        self.depth: int = core.batch_queue_size
+        """See `InferenceBackend`: 2 where vLLM schedules asynchronously."""
         self._stop_at_eos = stop_at_eos
         self._clients: dict[str, _Client] = {}
+        self._flight: deque[int] = deque()
+        """The number of the last forward of each step in flight."""
+        self._made: deque[tuple[int, TokenEvent]] = deque()
+        """Tokens that were not taken, and the number of their forward."""
         self._pending: list[TokenEvent] = []
-        self._seconds = 0.0
+        self._seconds = self._seen = 0.0
         self.trace: Trace | None = None
         """Records what vLLM's worker ran, where one is set."""
 
@@ -145,24 +137,39 @@ class VLLMBackendAdapter:
         self._clients[request.id] = _Client(request, sampling.logprobs)
 
     def stream(self, source: PlanSource) -> Iterator[TokenEvent]:
-        """Run a source's steps until it has none left."""
-        while True:
-            self.scheduler.source = source
-            yield from self._tick()
-            if self.scheduler.idle:
-                return
+        """Run a source's steps, one at a time, until it has none left."""
+        while (step := source.next_step(self.view())) is not None:
+            yield from self.step(step)
+        yield from self._drain()
 
     def step(self, step: PlanStep) -> list[TokenEvent]:
         """Run one step; the tokens it made.
 
         Raises:
+            SageIRError: as `begin`.
+        """
+        self.begin(step)
+        return self.take()
+
+    def begin(self, step: PlanStep) -> None:
+        """Ask vLLM for the forwards of a step. It runs forwards and copies in order.
+
+        Raises:
             SageIRError: the step does not fit this engine: an unknown request or worker, a block
                 out of range, a table too short for its rows, more rows than vLLM was made for.
         """
-        self.scheduler.source = _OneStep(step)
-        events = self._tick()
+        self.scheduler.give(step)
         while self.scheduler.busy:
-            events += self._tick()
+            self._tick()
+        self._flight.append(self.scheduler.asked)
+
+    def take(self) -> list[TokenEvent]:
+        """The tokens of the oldest step in flight, behind the last events of aborted requests."""
+        events, last = self._drain(), self._flight.popleft()
+        while self.scheduler.answered < last:
+            self._tick()
+        while self._made and self._made[0][0] <= last:
+            events.append(self._made.popleft()[1])
         return events
 
     def view(self) -> EngineView:
@@ -188,7 +195,7 @@ class VLLMBackendAdapter:
             self.scheduler.release(request)
 
     def stats(self) -> EngineStats:
-        """Counters since the engine was made; the seconds include vLLM's own bookkeeping."""
+        """Counters since the engine was made; the seconds are those in which a forward was in flight."""
         return evolve(self.scheduler.stats, forward_seconds=self._seconds)
 
     def close(self) -> None:
@@ -201,21 +208,26 @@ class VLLMBackendAdapter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tick(self) -> list[TokenEvent]:
-        """One forward, and the events that are due."""
-        events, self._pending = self._pending, []
-        start = time.perf_counter()
+    def _tick(self) -> None:
+        """Let vLLM do what it does next: ask for a forward, wait for one, or both."""
+        scheduler = self.scheduler
+        if scheduler.asked == scheduler.answered:
+            self._seen = time.perf_counter()
         outputs = self.engine.step()
-        self._seconds += time.perf_counter() - start
+        before, self._seen = self._seen, time.perf_counter()
+        self._seconds += self._seen - before
         self._record()
         for output in outputs:
-            events += self._events(output)
+            self._made += ((scheduler.answered, event) for event in self._events(output))
+
+    def _drain(self) -> list[TokenEvent]:
+        events, self._pending = self._pending, []
         return events
 
     def _record(self) -> None:
-        """Report the last forward, with the block tables that vLLM's (first) worker ran it with."""
+        """Report the forward just asked for, with the block tables that vLLM's (first) worker runs it with."""
         moves, self.scheduler.moves = self.scheduler.moves, []
-        rows = self.scheduler.ran
+        rows, self.scheduler.ran = self.scheduler.ran, []
         if self.trace is None:
             return
         worker = self.scheduler.ledger.worker

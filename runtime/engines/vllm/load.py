@@ -135,7 +135,6 @@ def engine_settings(
         "tensor_parallel_size": target.tp,
         "distributed_executor_backend": "mp" if target.tp > 1 else "uni",
         "enable_prefix_caching": False,  # sharing is the plan's
-        "async_scheduling": False,
         **({"disable_cascade_attn": False} if cascade else {}),  # the plan's prefix groups
         "enforce_eager": device == "cpu",
         "disable_log_stats": True,

@@ -15,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import KVMove, PlanStep
-from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish, PlanSource
+from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish
 from sagellm_ir.runtime.engines.vllm.batch import (
     check_rows,
     common_blocks,
@@ -45,7 +45,7 @@ class PlanScheduler(BareScheduler):
     """Give it to vLLM as `scheduler_cls`, with `PlanConnector` as its KV connector.
 
     By itself it plans online (`OnlineSource`), so stock entry points (`LLM`, `vllm serve`) run by
-    plans. `VLLMBackendAdapter` sets `source` and `driven` instead.
+    plans. `VLLMBackendAdapter` drives it: it gives the steps then.
 
     With asynchronous scheduling vLLM asks for a forward while the one before runs: its tokens are
     `Sequence.pending` then, and the workers have them first. Workers run forwards and copies in
@@ -77,11 +77,8 @@ class PlanScheduler(BareScheduler):
         self.sequences: dict[str, Sequence] = {}
         """By the name that plans use."""
         self._online = OnlineSource.of(vllm_config, self.target, self.sequences)
-        self.source: PlanSource = self._online
         self.driven = False
-        """Whether an adapter steps it: then it keeps requests that ended until they are released."""
-        self.idle = False
-        """Whether the source had nothing to do when it was last asked."""
+        """Whether an adapter gives the steps: then it keeps requests that ended until they are released."""
         self.stats = EngineStats()
         self._names: dict[str, str] = {}
         """Plan names by vLLM's request id."""
@@ -90,11 +87,15 @@ class PlanScheduler(BareScheduler):
         """Moves that are not yet reported (see `VLLMBackendAdapter.trace`)."""
         self.ran: list[Row] = []
         """The rows of the last forward."""
+        self._given: PlanStep | None = None
+        """A step from an adapter that has not begun."""
         self._step: PlanStep | None = None
         self._left = 0
         """Forwards of the step that are still to run."""
         self._flight: deque[list[Row]] = deque()
         """The rows of each forward that was asked for and not answered."""
+        self.answered = 0
+        """Forwards that were answered, those without rows included."""
         self._before: frozenset[str] = frozenset()
         """vLLM's ids of the requests in the last forward that was asked for."""
         self._copies: list[Copy] = []
@@ -143,6 +144,7 @@ class PlanScheduler(BareScheduler):
         """Take the tokens of the forward."""
         outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
         sampled, made = model_runner_output.sampled_token_ids, 0
+        self.answered += 1
         for row in self._flight.popleft():
             sequence, request = row.sequence, row.sequence.request
             sequence.pending -= row.samples
@@ -190,21 +192,33 @@ class PlanScheduler(BareScheduler):
 
     # Steps.
 
+    def give(self, step: PlanStep) -> None:
+        """The next step, from an adapter, when the one before is not `busy`."""
+        self._given = step
+
     @property
     def busy(self) -> bool:
-        """Whether forwards of the current step are still to run."""
-        return self._left > 0
+        """Whether forwards of the current step are still to be asked for."""
+        return self._given is not None or self._left > 0
+
+    @property
+    def asked(self) -> int:
+        """Forwards that were asked for, those without rows included."""
+        return self.answered + len(self._flight)
+
+    def _next_step(self) -> PlanStep | None:
+        if not self.driven:
+            return self._online.next_step(_UNSEEN)
+        step, self._given = self._given, None
+        return step
 
     def _next_rows(self) -> list[Row]:
-        self.idle = False
         while True:
             if not self._left:
                 while self._leaving:
                     self.release(self._leaving.pop())
-                view = _UNSEEN if self.source is self._online else self.view()
-                self._step = self.source.next_step(view)
+                self._step = self._next_step()
                 if self._step is None:
-                    self.idle = True
                     return []
                 self._begin(self._step)
             assert self._step is not None
@@ -241,7 +255,7 @@ class PlanScheduler(BareScheduler):
         self._count(steps=1)
 
     def view(self) -> EngineView:
-        """What the source is asked with."""
+        """What a source is asked with."""
         views = [sequence.view() for sequence in self.sequences.values()]
         prefixes = (self.ledger.cached(view.id, view.computed) for view in views if view.computed)
         return EngineView(
@@ -261,7 +275,7 @@ class PlanScheduler(BareScheduler):
         most = min(request.max_tokens, self._max_len - request.num_prompt_tokens)
         sequence = self.sequences[name] = Sequence(name, request, most)
         self._names[request.request_id] = name
-        if self.source is self._online and not self.driven:
+        if not self.driven:
             self._online.come(sequence)
 
     def finish_requests(
@@ -308,7 +322,7 @@ class PlanScheduler(BareScheduler):
 
     def has_requests(self) -> bool:
         """Whether vLLM's loop should ask for a forward."""
-        return self.driven or bool(super().has_requests())
+        return self.busy if self.driven else bool(super().has_requests())
 
     def get_num_unfinished_requests(self) -> int:
         """Requests that wait for tokens."""

@@ -46,6 +46,7 @@ class Sequence:
             self.answered,
             self.most,
             self.finish,
+            self.pending,
         )
 
 

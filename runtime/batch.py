@@ -24,6 +24,8 @@ class Batch:
         self._tables = SharedTables(target.block_size)
         self._coming: dict[str, tuple[int, ...]] = {}
         """The tables of rows that have entered since somebody asked what is shared."""
+        self._gone: list[str] = []
+        """Rows that have left since then, of those that were there."""
         self._forwards = 0
         """So far, of all steps."""
         self._ends: dict[str, int] = {}
@@ -73,7 +75,7 @@ class Batch:
         self._context -= self._base.pop(name)
         self._shareable -= self._entered.pop(name)
         if self._coming.pop(name, None) is None:
-            self._tables.leave(name)
+            self._gone.append(name)
         self._names = None
 
     def loops(self) -> int:
@@ -109,6 +111,9 @@ class Batch:
         return groups
 
     def _shared(self) -> SharedTables:
+        for name in self._gone:
+            self._tables.leave(name)
+        self._gone.clear()
         for name, table in self._coming.items():
             self._tables.enter(name, table)
         self._coming.clear()

@@ -102,6 +102,7 @@ class Epochs:
         the rest is computed again.
         """
         steps = self._steps
+        steps.let_go()
         steps.requests.tidy(steps.ledger)
         self._fresh = False
         jobs = steps.under_way

@@ -116,9 +116,9 @@ class Fragment:
     def _copy(self, move: KVMove, src: Sequence[int], dst: Sequence[int]) -> None:
         origin, target = self.ledger[move.from_tier], self.ledger[move.to_tier]
         for old, new in zip(src, dst, strict=True):
-            content = origin.content_of.get(old)
+            content = origin.content_of[old]
             if content is not None:
-                target.write(new, content)
+                target.write((new,), (content,))
 
     def blocks(self, tier: str, numbers: Sequence[int]) -> tuple[int, ...]:
         """The engine's blocks of some of the plan's; new ones for those that have none yet."""
@@ -193,7 +193,7 @@ def warm_up(target: Target, compiler: Callable[[IRGraph], IRGraph]) -> None:
         device = ledger[DEVICE]
         if device.room >= 8:
             taken = device.take(1)
-            device.write(taken[0], 0)
+            device.write(taken, (0,))
             device.drop(taken)
         assemble("warm-up", target, decls, (), ledger, compiler)
 

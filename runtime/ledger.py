@@ -27,8 +27,10 @@ class Shelf:
         self._pool = BlockPool(blocks)
         self.block_of: dict[int, int] = {}
         """By content id: the block that holds it, held or cached."""
-        self.content_of: dict[int, int] = {}
-        self._holders: dict[int, int] = {}
+        self.content_of: list[int | None] = [None] * blocks
+        """By block."""
+        self._holders = [0] * blocks
+        """By block."""
         self._idle: dict[int, None] = {}
         """Cached content, least recently used first."""
         self.freed: list[int] = []
@@ -51,45 +53,50 @@ class Shelf:
             self._evict(count - self._pool.free_blocks)
         taken = self._pool.take(count)
         assert taken is not None, f"{count} blocks wanted, {self._pool.free_blocks} are free"
-        self._holders.update(dict.fromkeys(taken, 1))
+        holders = self._holders
+        for block in taken:
+            holders[block] = 1
         return taken
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Hold blocks once more, or cached ones for the first time."""
         holders = self._holders
         for block in blocks:
-            if block in holders:
-                holders[block] += 1
-            else:
-                del self._idle[self.content_of[block]]
-                holders[block] = 1
+            if not holders[block]:
+                content = self.content_of[block]
+                assert content is not None, f"block {block} is free"
+                del self._idle[content]
+            holders[block] += 1
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Undo one `hold` or `take` of each; of a chain, what comes last gives way first."""
+        holders = self._holders
         for block in reversed(blocks):
-            count = self._holders[block] - 1
+            count = holders[block] = holders[block] - 1
+            assert count >= 0, f"nobody holds block {block}"
             if count:
-                self._holders[block] = count
                 continue
-            del self._holders[block]
-            content = self.content_of.get(block)
+            content = self.content_of[block]
             if content is None:
                 self._free(block)
             else:
                 self._idle[content] = None
 
-    def write(self, block: int, content: int) -> None:
-        """A held block holds this content now. Of two blocks with equal content one is known."""
-        if content not in self.block_of and block not in self.content_of:
-            self.block_of[content] = block
-            self.content_of[block] = content
+    def write(self, blocks: Iterable[int], contents: Iterable[int]) -> None:
+        """Held blocks hold this content now, as far as both go. Of two blocks with equal content one
+        is known."""
+        block_of, content_of = self.block_of, self.content_of
+        for block, content in zip(blocks, contents, strict=False):
+            if content_of[block] is None and content not in block_of:
+                block_of[content] = block
+                content_of[block] = content
 
     def forget(self, contents: Iterable[int]) -> None:
         """Content that nobody can ask for again."""
         for content in contents:
             block = self.block_of.pop(content, None)
             if block is not None:
-                del self.content_of[block]
+                self.content_of[block] = None
                 if content in self._idle:
                     del self._idle[content]
                     self._free(block)
@@ -104,7 +111,7 @@ class Shelf:
             del self._idle[content]
             self.evicted += 1
             block = self.block_of.pop(content)
-            del self.content_of[block]
+            self.content_of[block] = None
             place = None if self.below is None else self.below._keep(content)
             if place is not None:
                 self.spilled.append((block, place))
@@ -116,10 +123,10 @@ class Shelf:
             self._idle[content] = self._idle.pop(content)
         if content in self.block_of or not self.room:
             return None
-        (place,) = self.take(1)
-        self.write(place, content)
-        self.drop((place,))
-        return place
+        place = self.take(1)
+        self.write(place, (content,))
+        self.drop(place)
+        return place[0]
 
     def _free(self, block: int) -> None:
         self._pool.free((block,))

@@ -10,9 +10,7 @@ what is there.
 `epochs.py` says when to compile and what, `steps.py` what the engine holds and does next.
 """
 
-from collections.abc import Callable, Sequence
-
-from attrs import evolve
+from collections.abc import Callable, Container, Sequence
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
@@ -86,7 +84,6 @@ class OnlinePlanner:
         self._ledger = Ledger(target, spill)
         self._steps = Steps(target, self._requests, self._ledger, Batch(target, outlast))
         self._epochs = Epochs(self._steps, passes, reserve, window)
-        self._issued = 0
         warm_up(target, passes.run)
 
     @property
@@ -107,6 +104,11 @@ class OnlinePlanner:
     def evicted(self) -> int:
         """Cached device blocks that gave way to new content so far."""
         return self._ledger[DEVICE].evicted
+
+    @property
+    def decoding(self) -> Container[str]:
+        """The requests that decode, as planned."""
+        return self._steps.batch
 
     def submit(self, request: PlanRequest, tokens: Sequence[int] | None = None) -> None:
         """Make a request known; it is planned from the next step on. The engine must know it too.
@@ -166,6 +168,7 @@ class OnlinePlanner:
                 included; None where the last of them is in flight, and `end` will be said.
         """
         steps = self._steps
+        steps.let_go()
         if steps.spent:
             steps.settle(answered)
         if self._epochs.is_early():
@@ -182,7 +185,7 @@ class OnlinePlanner:
                 steps.requeue(row.job)
             self._epochs.begin()
             step = steps.planned()
-        return self._issue(step)
+        return step or steps.changes()
 
     def meet(self, name: str) -> None:
         """The engine has a request that was submitted."""
@@ -197,7 +200,9 @@ class OnlinePlanner:
             self._steps.requeue(row.job)
 
     def look_ahead(self) -> None:
-        """Find what the batch shares, while a step is in flight: the next `advance` need not."""
+        """Take in what has ended and find what the batch shares, while a step is in flight: the next
+        `advance` need not."""
+        self._steps.let_go()
         self._steps.batch.groups()
 
     def compile_ahead(self) -> None:
@@ -217,17 +222,7 @@ class OnlinePlanner:
         step = None if fragment is None else fragment.next()
         if step is None or not step.prefill or any(isinstance(it, KVMove) for it in step.kv):
             return None
-        return self._issue(self._steps.planned())
-
-    def _issue(self, step: PlanStep | None) -> PlanStep | None:
-        """A step with its number, behind what the tiers have to do before it."""
-        changes = self._ledger.take_changes()
-        if step is None and not changes:
-            return None
-        step = step or PlanStep(0, self.target.workers[0].name, loops=0)
-        step = evolve(step, index=self._issued, kv=(*changes, *step.kv))
-        self._issued += 1
-        return step
+        return self._steps.planned() or self._steps.changes()
 
 
 def _answered(seen: RequestView) -> int | None:

@@ -1,6 +1,7 @@
 """`Steps`: the steps of fragments and of the batch, as what an engine is to do."""
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from attrs import evolve
 
@@ -41,6 +42,10 @@ class Steps:
         """Predicted seconds since the decodes ran last."""
         self._sums: tuple[Collective, ...] = ()
         """The collectives of some step."""
+        self._ended: list[tuple[Job, Row, Sequence[int] | None]] = []
+        """What has ended and still holds its blocks, and its tokens if they are known."""
+        self._numbers = count()
+        """Of the steps that are given out."""
 
     @property
     def under_way(self) -> list[Job]:
@@ -69,29 +74,38 @@ class Steps:
         fresh = [bind for bind in step.binds if bind.request not in fragment.begun]
         fragment.forget(step.kv)
         if not fragment.fits(step.kv, fresh):
+            self.let_go()
+        if not fragment.fits(step.kv, fresh):
             self.full = True
             self.close()
             return None
         fragment.position += 1
         moves = fragment.moves(step.kv)
-        fragment.blocks(DEVICE, [block for bind in fresh for block in bind.blocks])
-        binds = [self._bind(fragment, bind) for bind in fresh]
+        first = self._bind(fragment, fresh)
         ended = [self.rows[chunk.request] for chunk in step.prefill if self._compute(chunk)]
         joined = self._join(step, len(ended))
-        fragment.begun.update(row.job.request.id for row in ended)
-        binds += self._begin(ended)
+        fragment.begun.update([row.job.request.id for row in ended])
+        self._begin(ended, first)
         if fragment.next() is None:
             # What of it has not started waits for something to end.
             self.full = any(name in self.requests.waiting for name in fragment.decls)
             self.close()
-        return evolve(joined, kv=tuple(moves), binds=tuple(binds))
+        rows = self.rows
+        binds = [Bind(name, at, tuple(rows[name].table[at:])) for name, at in first.items()]
+        return evolve(
+            joined,
+            index=next(self._numbers),
+            kv=(*self.ledger.take_changes(), *moves),
+            binds=tuple(binds),
+        )
 
     def decode(self) -> PlanStep:
         """The batch runs alone."""
         batch, loops = self.batch, self.batch.loops()
         step = PlanStep(
-            0,
+            next(self._numbers),
             self.target.workers[0].name,
+            self.ledger.take_changes(),
             decode=batch.names,
             loops=loops,
             groups=batch.groups(),
@@ -104,14 +118,21 @@ class Steps:
         self.rested = 0.0
         return step
 
+    def changes(self) -> PlanStep | None:
+        """A step without rows, for what the tiers have to do; None if that is nothing."""
+        kv = self.ledger.take_changes()
+        if not kv:
+            return None
+        return PlanStep(next(self._numbers), self.target.workers[0].name, kv, loops=0)
+
     def settle(self, answered: Callable[[str], int | None]) -> None:
         """Requests that have their planned tokens: what is not over is planned again. Those whose
         last token is in flight (None) are left as they are."""
-        told = {name: count for name in self.spent if (count := answered(name)) is not None}
-        for name, count in told.items():
+        told = {name: tokens for name in self.spent if (tokens := answered(name)) is not None}
+        for name, tokens in told.items():
             row = self.rows[name]
             job = row.job
-            job.answered = count
+            job.answered = tokens
             if job.answered < job.request.max_new_tokens:
                 size = self.target.block_size
                 row.computed = min(job.known - 1, len(row.table) * size)
@@ -128,8 +149,7 @@ class Steps:
         """Let a row under way find its full blocks as cached content; the block it is inside of."""
         device, size = self.ledger[DEVICE], self.target.block_size
         full, inside = divmod(row.computed, size)
-        for content, block in zip(decl.blocks[:full], row.table, strict=False):
-            device.write(block, content)
+        device.write(row.table, decl.blocks[:full])
         return Held(decl.id, row.table[full], row.computed) if inside else None
 
     def requeue(self, job: Job) -> None:
@@ -140,9 +160,13 @@ class Steps:
             self.requests.waiting[job.request.id] = job
 
     def end(self, job: Job, tokens: Sequence[int] | None) -> None:
-        """A request has ended, and holds its blocks no more; full ones of its answer stay cached if
-        its tokens are known."""
-        name, device, size = job.request.id, self.ledger[DEVICE], self.target.block_size
+        """A request has ended, and gives its seat free; its blocks when they are `let_go`.
+
+        Args:
+            job: of the request.
+            tokens: prompt and answer, if the full blocks of the answer are to stay cached.
+        """
+        name = job.request.id
         row = self.rows.pop(name, None)
         self.spent.pop(name, None)
         self.late.discard(name)
@@ -156,58 +180,73 @@ class Steps:
             return
         if name in self.batch:
             self.batch.leave(name)
-        if tokens is not None:
-            # The newest token has no KV.
-            contents = self.requests.answer(job, tokens[:-1])
-            table = row.table[job.request.prompt_len // size :]
-            for content, block in zip(contents, table, strict=False):
-                device.write(block, content)
-        device.drop(row.table)
+        self._ended.append((job, row, tokens))
 
-    def _bind(self, fragment: Fragment, bind: Bind) -> Bind:
-        """Let a table hold blocks; the request has a row from here on."""
-        row = self.rows.get(bind.request)
-        if row is None:
-            row = self.rows[bind.request] = Row(self.requests.waiting.pop(bind.request))
-        row.left = fragment.decls[bind.request].max_new_tokens
-        device, blocks = self.ledger[DEVICE], fragment.blocks(DEVICE, bind.blocks)
-        stop = bind.at + len(blocks)
+    def let_go(self) -> None:
+        """What has ended holds its blocks no more; full ones of known answers stay cached."""
+        device, size = self.ledger[DEVICE], self.target.block_size
+        for job, row, tokens in self._ended:
+            if tokens is not None:
+                # The newest token has no KV.
+                table = row.table[job.request.prompt_len // size :]
+                device.write(table, self.requests.answer(job, tokens[:-1]))
+            device.drop(row.table)
+        self._ended.clear()
+
+    def _bind(self, fragment: Fragment, binds: Sequence[Bind]) -> dict[str, int]:
+        """Let tables hold blocks; their requests have rows from here on.
+
+        Returns by request the first index of its table that may have changed.
+        """
+        device, first, at = self.ledger[DEVICE], dict[str, int](), 0
+        blocks = fragment.blocks(DEVICE, [block for bind in binds for block in bind.blocks])
         device.hold(blocks)
-        if old := row.table[bind.at : stop]:
-            device.drop(old)
-        row.table[bind.at : stop] = blocks
-        return Bind(bind.request, bind.at, blocks)
+        for bind in binds:
+            name, start, length = bind.request, bind.at, len(bind.blocks)
+            row = self.rows.get(name)
+            if row is None:
+                row = self.rows[name] = Row(self.requests.waiting.pop(name))
+            row.left = fragment.decls[name].max_new_tokens
+            if old := row.table[start : start + length]:
+                device.drop(old)
+            row.table[start : start + length] = blocks[at : at + length]
+            first[name] = min(start, first.get(name, start))
+            at += length
+        return first
 
     def _compute(self, chunk: PrefillChunk) -> bool:
         """Note what a chunk writes; whether it ends its prompt."""
-        row, device, size = self.rows[chunk.request], self.ledger[DEVICE], self.target.block_size
+        row, size = self.rows[chunk.request], self.target.block_size
         full = slice(chunk.start // size, chunk.stop // size)
-        for block, content in zip(row.table[full], row.job.blocks[full], strict=True):
-            device.write(block, content)
+        self.ledger[DEVICE].write(row.table[full], row.job.blocks[full])
         row.computed = max(row.computed, chunk.stop)
         return chunk.stop == row.job.known
 
-    def _begin(self, rows: Sequence[Row]) -> list[Bind]:
+    def _begin(self, rows: Sequence[Row], first: dict[str, int]) -> None:
         """Prompts have ended, and give their first tokens: take the blocks of the answers, and decode.
 
         Where blocks are short, a row decodes as far as it gets, and is planned again.
+
+        Args:
+            rows: of the prompts.
+            first: see `_bind`; gets those whose tables grow.
         """
-        device, size = self.ledger[DEVICE], self.target.block_size
+        device, size, taken = self.ledger[DEVICE], self.target.block_size, 0
         needs = [max(0, -(-(row.job.known + row.left) // size) - len(row.table)) for row in rows]
-        blocks, taken, binds = device.take(min(sum(needs), device.room)), 0, []
+        if sum(needs) > device.room:
+            self.let_go()
+        blocks = device.take(min(sum(needs), device.room))
         for row, need in zip(rows, needs, strict=True):
-            name, known, old = row.job.request.id, row.job.known, len(row.table)
-            own = blocks[taken : taken + need]
+            name, known, table = row.job.request.id, row.job.known, row.table
+            if need:
+                first.setdefault(name, len(table))
+            table += blocks[taken : taken + need]
             taken += need
-            row.table += own
-            left = min(row.left, len(row.table) * size - known) - 1
+            left = min(row.left, len(table) * size - known) - 1
             if left > 0:
-                self.batch.enter(name, known + 1, left, tuple(row.table[: known // size]))
+                self.batch.enter(name, known + 1, left, tuple(table[: known // size]))
             else:
                 self.spent[name] = None
-            if own:
-                binds.append(Bind(name, old, own))
-        return binds
 
     def _join(self, step: PlanStep, ends: int) -> PlanStep:
         """The batch runs in a step with prefills, where the target mixes them and there is room; else it

@@ -9,8 +9,7 @@ from sagellm_ir.target import DEVICE, HOST, Device, Target, Tier
 def test_cached_blocks_give_way_least_recently_used_first() -> None:
     shelf = Shelf(4)
     first, second = shelf.take(2), shelf.take(2)
-    for block, content in zip((*first, *second), (10, 11, 20, 21), strict=True):
-        shelf.write(block, content)
+    shelf.write((*first, *second), (10, 11, 20, 21))
     shelf.drop(first)
     shelf.drop(second)
     assert shelf.room == 4
@@ -25,8 +24,7 @@ def test_cached_blocks_give_way_least_recently_used_first() -> None:
 def test_of_equal_content_one_block_is_known() -> None:
     shelf = Shelf(2)
     one, two = shelf.take(2)
-    shelf.write(one, 7)
-    shelf.write(two, 7)
+    shelf.write((one, two), (7, 7))
     shelf.drop((two,))
     assert (shelf.room, shelf.freed) == (1, [two])
     shelf.drop((one,))
@@ -53,9 +51,9 @@ def test_what_gives_way_is_kept_below() -> None:
     device, host = ledger[DEVICE], ledger[HOST]
 
     def use(content: int) -> None:
-        (block,) = device.take(1)
-        device.write(block, content)
-        device.drop((block,))
+        block = device.take(1)
+        device.write(block, (content,))
+        device.drop(block)
 
     for content in (7, 8):
         use(content)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import PrefixGroup
-from sagellm_ir.runtime.engines.lmdeploy.admission import Agreed, group_rows
+from sagellm_ir.runtime.engines.lmdeploy.grouping import Agreed, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.prefixes import Prefixes
 from tests.lmdeploy.cpu import BLOCK, add, blocks_of, scheduler, stop

@@ -1,25 +1,21 @@
-"""Rows of a planned step, admitted to LMDeploy: blocks, chunk lengths, groups.
+"""Rows of a planned step, admitted to LMDeploy: blocks, chunk lengths.
 
 What is admitted must run: its blocks are in the trie before they are computed, so that rows of the
 same forward can share them (a forward writes the KV of all rows before it reads any, layer by layer).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 from lmdeploy.messages import EventType
 from lmdeploy.pytorch.messages import MessageStatus
 
-from sagellm_ir.lowering.plan import PrefillChunk, PrefixGroup
+from sagellm_ir.lowering.plan import PrefillChunk
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
-from sagellm_ir.runtime.engines.lmdeploy.prefixes import Prefixes
+from sagellm_ir.runtime.engines.lmdeploy.prefixes import NONE, Prefixes
 
-__all__ = ["Admission", "Agreed", "PartialPrefills", "group_rows"]
-
-
-_NONE = np.empty(0, np.int64)
+__all__ = ["Admission", "PartialPrefills"]
 
 
 class Admission:
@@ -35,7 +31,8 @@ class Admission:
         """Sequences that the last call had no room for."""
         self.evicted = False
         """Whether sequences may have lost their blocks since somebody set this to False."""
-        self._ready = _NONE
+        self._size: int = kv.trie.block_size
+        self._ready = NONE
         """Blocks that the rows of this step may take."""
 
     def prefill(self, rows: Iterable[tuple[Any, PrefillChunk]]) -> list[Any]:
@@ -45,20 +42,19 @@ class Admission:
         """
         pairs = list(rows)
         self.refused.clear()
-        self._take_blocks(seq for seq, _ in pairs)
+        self._take_blocks([seq for seq, _ in pairs])
         try:
             return self._admit(pairs)
         finally:
             if len(self._ready):
                 self.scheduler.block_manager.allocator.free(self._ready)
-                self._ready = _NONE
+                self._ready = NONE
 
-    def _take_blocks(self, seqs: Iterable[Any]) -> None:
+    def _take_blocks(self, seqs: Sequence[Any]) -> None:
         """Take blocks for all that rows may have to compute; not when there are too few."""
-        manager, size = self.scheduler.block_manager, self.kv.trie.block_size
-        needed = sum(
-            [-(-len(seq.history_cache) // size) - seq.logical_blocks._num_real for seq in seqs]
-        )
+        manager, size = self.scheduler.block_manager, self._size
+        needed = sum([-(-len(seq.history_cache) // size) for seq in seqs])
+        needed -= sum([seq.logical_blocks._num_real + self.prefixes.found(seq) for seq in seqs])
         if manager.num_cpu_blocks == 0 and 0 < needed <= manager.get_num_free_gpu_blocks():
             self._ready = manager.allocator.allocate(needed)
 
@@ -92,17 +88,15 @@ class Admission:
 
     def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
         """Admit decode rows for `loops` tokens each; those without room keep running, later."""
-        size, on_host = self.kv.trie.block_size, self.scheduler.block_manager.num_cpu_blocks
         self.refused.clear()
-        short = [
-            seq
-            for seq in seqs
-            if on_host
-            or seq.logical_blocks._num_real * size
-            < seq._num_history_ids + seq._num_token_ids + loops
-            or seq._num_cross
-            or seq._num_history_cross
-        ]
+        size, short = self._size, seqs
+        if self.scheduler.block_manager.num_cpu_blocks == 0:
+            short = [
+                seq
+                for seq in seqs
+                if seq._num_history_ids + seq._num_token_ids + loops
+                > seq.logical_blocks._num_real * size
+            ]
         if short and not self._extend(short, loops):
             members = {seq.seq_id for seq in seqs}
             for seq in short:
@@ -114,27 +108,30 @@ class Admission:
 
     def _extend(self, seqs: Sequence[Any], ahead: int) -> bool:
         """Give all of them at once the blocks of some tokens more; False: that is not so easy."""
-        manager, size = self.scheduler.block_manager, self.kv.trie.block_size
-        if manager.num_cpu_blocks or any(seq._num_cross or seq._num_history_cross for seq in seqs):
-            return False
+        manager = self.scheduler.block_manager
         tables = [seq.logical_blocks for seq in seqs]
-        stops = [-(-(seq._num_history_ids + seq._num_token_ids + ahead) // size) for seq in seqs]
-        needed = [stop - table._num_real for stop, table in zip(stops, tables, strict=True)]
-        if sum(needed) > manager.get_num_free_gpu_blocks():
+        stops = [self._blocks(seq, ahead) for seq in seqs]
+        needed = sum(stops) - sum([table._num_real for table in tables])
+        if manager.num_cpu_blocks or needed > manager.get_num_free_gpu_blocks():
             return False
-        blocks, at = manager.allocator.allocate(sum(needed)), 0
-        for table, count in zip(tables, needed, strict=True):
-            old = table._num_real
-            table.reserve(old + count)
-            table._blocks[old : old + count] = blocks[at : at + count]
-            table._num_real = old + count
-            at += count
+        blocks = iter(manager.allocator.allocate(needed).tolist())
+        for table, stop in zip(tables, stops, strict=True):
+            table.reserve(stop)
+            for place in range(table._num_real, stop):  # one, as nearly always
+                table._blocks[place] = next(blocks)
+            table._num_real = stop
         return True
+
+    def _blocks(self, seq: Any, ahead: int) -> int:
+        """The blocks that a sequence has to hold for some tokens more, as LMDeploy counts them."""
+        tokens: int = seq._num_history_ids + seq._num_token_ids + ahead
+        cross: int = seq._num_history_cross + seq._num_cross
+        return -(-max(tokens, cross) // self._size)
 
     def _fits(self, seq: Any, members: set[int]) -> bool:
         """Give a prefill row its blocks; False: there is no room."""
         manager = self.scheduler.block_manager
-        needed = manager.num_required_blocks(seq, 0)
+        needed = self._blocks(seq, 0) - seq.logical_blocks._num_real
         if 0 < needed <= len(self._ready):  # as nearly always
             seq.logical_blocks.append(self._ready[:needed])
             self._ready = self._ready[needed:]
@@ -219,66 +216,3 @@ class PartialPrefills:
             seq._num_history_ids += seq._num_token_ids
             seq._num_token_ids = len(seq.history_cache) - seq._num_history_ids
         self._told()
-
-
-Agreed = dict[tuple[int, int, bytes], set[str]]
-"""By range of tokens and its blocks: the rows that were seen to hold them."""
-
-
-def group_rows(
-    here: Mapping[str, Any], groups: Iterable[PrefixGroup], agreed: Agreed
-) -> tuple[list[Any], list[tuple[int, int, int, int]]]:
-    """Order rows so that every group's are adjacent; the groups as (first token, end, first row, rows).
-
-    A group whose rows do not hold equal blocks, or of which fewer than two rows are left, is left
-    out: the kernel reads one row's blocks for all.
-
-    Args:
-        here: the step's sequences by request.
-        groups: the plan's.
-        agreed: rows that need no second look; becomes those of this step.
-    """
-    kept, checked = list[tuple[PrefixGroup, list[str]]](), dict(agreed)
-    agreed.clear()
-    for group in sorted(groups, key=lambda group: (group.start, group.stop)):
-        members = [name for name in group.requests if name in here]
-        if len(members) < 2 or (blocks := _blocks(here[members[0]], group)) is None:
-            continue
-        key = group.start, group.stop, blocks
-        known = checked.get(key) or set[str]()
-        if all(_blocks(here[name], group) == blocks for name in members if name not in known):
-            agreed[key] = set(members)
-            kept.append((group, members))
-    if not kept:
-        return list(here.values()), []
-    order = _by_group(here, kept)
-    row = {name: at for at, name in enumerate(order)}
-    table = [
-        (group.start, group.stop, min(map(row.__getitem__, members)), len(members))
-        for group, members in kept
-    ]
-    return [here[name] for name in order], table
-
-
-def _by_group(here: Mapping[str, Any], kept: Sequence[tuple[PrefixGroup, list[str]]]) -> list[str]:
-    """The rows, those of each group next to each other. Groups are a forest, outermost first."""
-    last = len(kept)
-    if not any(group.start for group, _ in kept):  # none is inside another
-        inside = dict.fromkeys(here, last)
-        for place, (_, members) in enumerate(kept):
-            inside.update(dict.fromkeys(members, place))
-        return sorted(here, key=inside.__getitem__)
-    places: dict[str, list[int]] = {name: [] for name in here}
-    for place, (_, members) in enumerate(kept):
-        for name in members:
-            places[name].append(place)
-    return sorted(here, key=lambda name: places[name] or [last])
-
-
-def _blocks(seq: Any, group: PrefixGroup) -> bytes | None:
-    """The blocks of a group's range in a row's table; None: they are not full, or not there."""
-    size = seq.block_size
-    if group.start % size or group.stop % size or seq.logical_blocks._num_real * size < group.stop:
-        return None
-    blocks: bytes = seq.logical_blocks._blocks[group.start // size : group.stop // size].tobytes()
-    return blocks

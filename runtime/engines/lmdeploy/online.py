@@ -74,8 +74,10 @@ class OnlineSource:
     def next_step(self, view: EngineView) -> PlanStep | None:
         """See `PlanSource`. It looks at the scheduler, not at the view."""
         self._look()
+        live, decoding = self._requests.live, self.planner.decoding
         for number, seq in self._states(MessageStatus.WAITING).items():
-            if seq.num_history_ids == 0 and (seen := self._requests.live.get(number)):
+            seen = live.get(number)
+            if seen is not None and seen.id in decoding and seq.num_history_ids == 0:
                 self.planner.lost(seen.id, seq.num_new_tokens)  # LMDeploy needed its blocks
         return self.planner.advance(self._answered)
 

@@ -18,18 +18,29 @@ class PlanBlocks:
         self.kv = kv
         self._own: dict[str, dict[int, int]] = {DEVICE: {}, HOST: {}}
         """LMDeploy's logical block by tier and the plan's block."""
+        self._bound: list[tuple[Bind, Any]] = []
+        """Binds that were not looked at, and their sequences."""
 
     def bind(self, bind: Bind, seq: Any) -> None:
-        """Remember what stands for the blocks of a bind, after the sequence got its blocks."""
-        if seq is not None and bind.at < seq.logical_blocks._num_real:
-            table = seq.logical_blocks.get_real_blocks()[bind.at : bind.at + len(bind.blocks)]
-            self._own[DEVICE].update(zip(bind.blocks, table.tolist(), strict=False))
+        """Have the blocks of a bind stand for those of a sequence, which has got them."""
+        self._bound.append((bind, seq))
+
+    def settle(self) -> None:
+        """Look at what was bound. To be called between two decisions, so that the next need not."""
+        own = self._own[DEVICE]
+        for bind, seq in self._bound:
+            table = seq.logical_blocks
+            if bind.at < table._num_real:
+                blocks = table.get_real_blocks()[bind.at : bind.at + len(bind.blocks)]
+                own.update(zip(bind.blocks, blocks.tolist(), strict=False))
+        self._bound.clear()
 
     def move(self, step: PlanStep) -> None:
         """Do a step's moves. What it frees becomes the first victim: LMDeploy frees when it must.
 
         Blocks that are gone are left out. No forward may be in flight.
         """
+        self.settle()
         for item in step.kv:
             if isinstance(item, KVMove):
                 self._move(item)

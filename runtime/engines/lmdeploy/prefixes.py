@@ -16,11 +16,12 @@ from lmdeploy.pytorch.paging.block_trie import Node
 
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 
-__all__ = ["Prefixes"]
+__all__ = ["NONE", "Prefixes"]
 
 _TRAILS = 64
 """First blocks whose last way through the trie is remembered."""
-_NONE = np.empty(0, np.int64)
+NONE = np.empty(0, np.int64)
+"""No blocks."""
 
 
 @define(eq=False)
@@ -79,12 +80,17 @@ class Prefixes:
         """A sequence has gone, or has another turn."""
         self._prompts.pop(seq.seq_id, None)
 
+    def found(self, seq: Any) -> int:
+        """Blocks that a sequence without blocks was seen to find in the trie, when it was read."""
+        prompt = self._prompts.get(seq.seq_id)
+        return 0 if prompt is None or seq.logical_blocks._num_real else len(prompt.blocks)
+
     def fetch(self, seq: Any) -> None:
         """Give a sequence the blocks that the trie holds of its prompt."""
         trie, hook, table, size = self._trie, self._hook, seq.logical_blocks, self._size
         if not trie.enable or not hook.before_fetch(seq):
             return
-        prompt, node, blocks = self._prompt(seq), table.last_shared_node, _NONE
+        prompt, node, blocks = self._prompt(seq), table.last_shared_node, NONE
         if node is None or node.num_matched == 0:
             node, blocks = prompt.node, prompt.blocks
         at, most = node.num_matched, seq._num_history_ids + seq._num_token_ids
@@ -158,7 +164,7 @@ class Prefixes:
         size, known = self._size, len(seq.history_cache)
         tokens, root = seq.history_cache._token_ids, self._trie.get_root(seq.adapter_name)
         first = _key(tokens[: min(size, known)].tolist())
-        prompt = _Prompt(known, first, at, [], root, _NONE)
+        prompt = _Prompt(known, first, at, [], root, NONE)
         if not at:
             self._follow(seq, prompt)
             prompt.start = prompt.node.num_matched

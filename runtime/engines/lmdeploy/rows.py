@@ -29,10 +29,13 @@ class BatchRows:
 
     @classmethod
     def of(
-        cls, seqs: Sequence[Any], groups: Sequence[tuple[int, int, int, int]] = ()
+        cls, seqs: Sequence[Any], is_prefill: bool, groups: Sequence[tuple[int, int, int, int]] = ()
     ) -> "BatchRows":
-        """Of LMDeploy's sequences as they are scheduled."""
-        new = np.array([seq._num_token_ids for seq in seqs], np.int32)
+        """Of LMDeploy's sequences as they are scheduled. All rows of a decode have as many new tokens."""
+        if is_prefill:
+            new = np.array([seq._num_token_ids for seq in seqs], np.int32)
+        else:
+            new = np.full(len(seqs), seqs[0]._num_token_ids if seqs else 1, np.int32)
         old = np.array([seq._num_history_ids for seq in seqs], np.int32)
         return cls(new, old + new, np.array(groups, np.int32).reshape(-1, 4))
 

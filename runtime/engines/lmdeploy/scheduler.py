@@ -20,13 +20,9 @@ from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 from sagellm_ir.collecting import collect_early
 from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
-from sagellm_ir.runtime.engines.lmdeploy.admission import (
-    Admission,
-    Agreed,
-    PartialPrefills,
-    group_rows,
-)
+from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills
 from sagellm_ir.runtime.engines.lmdeploy.checks import StepChecks, named, only
+from sagellm_ir.runtime.engines.lmdeploy.grouping import RowOrder
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
@@ -98,14 +94,11 @@ class PlanDriver:
         """Forwards of the decodes in flight until LMDeploy has taken in what is to run after them."""
         self._plain: list[Any] | None = None
         """The rows of a step in `_ready` that only decodes them."""
-        self._last: tuple[list[Any], object, Any] = ([], None, None)
-        """Rows and groups of the last decode step, and how they were ordered."""
         self.requests = requests or NamedSequences(self.scheduler, Names())
         self._news = self.requests.follow()
         self._checks = StepChecks(self.requests)
         self._blocks = PlanBlocks(self.kv)
-        self._agreed: Agreed = {}
-        """Of the last decode step, while no sequence has lost its blocks."""
+        self._order = RowOrder()
         engine.seq_strategy = PartialPrefills(
             engine.seq_strategy, self.admission, self._forward_done
         )
@@ -190,7 +183,7 @@ class PlanDriver:
         output = self._planned(is_prefill, prealloc_size) if self._todo else None
         if output is None:
             output = _output([]) if self.hold else self._stock(is_prefill, prealloc_size)
-            output.prefix_groups = BatchRows.of(output.running)
+            output.prefix_groups = BatchRows.of(output.running, is_prefill)
             self.unplanned += bool(output.running)
         self._answer_aborted()
         self._count(output, is_prefill)
@@ -247,6 +240,7 @@ class PlanDriver:
             self._steps(call)
             waiting = self.scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
             self.admission.prefixes.read(waiting.values())
+            self._blocks.settle()
             self.kv.keep_room()
             collect_early()
 
@@ -272,7 +266,7 @@ class PlanDriver:
         plain = self._plain if step is self._ready and not is_prefill else None
         if plain is not None and 1 <= step.loops <= max(1, prealloc_size):
             self._todo.popleft()
-            return self._run(step, dict(zip(step.decode, plain, strict=True)), is_prefill)
+            return self._run(step, plain, is_prefill)
         if step is not self._ready and self._checks.must_wait(step):
             return _output([])
         if is_prefill != bool(step.prefill):
@@ -284,53 +278,40 @@ class PlanDriver:
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
-        rows = {name: self.requests.found[name] for name in named(step)}
+        rows = [self.requests.found[name] for name in named(step)]
         return self._run(step, rows, is_prefill)
 
-    def _run(
-        self, step: PlanStep, seqs: dict[str, Any], is_prefill: bool
-    ) -> SchedulerOutput | None:
-        """A step that was found right."""
+    def _run(self, step: PlanStep, seqs: list[Any], is_prefill: bool) -> SchedulerOutput | None:
+        """A step that was found right; the sequences in its order."""
         self._blocks.move(step)
+        admission, names = self.admission, named(step)
         if is_prefill:
-            ran = self.admission.prefill((seqs[chunk.request], chunk) for chunk in step.prefill)
+            ran = admission.prefill(zip(seqs, step.prefill, strict=True))
         else:
-            ran = self.admission.decode(list(seqs.values()), step.loops)
-        if refused := self.admission.refused:
+            ran = admission.decode(seqs, step.loops)
+        if refused := admission.refused:
             if not ran:
                 self.rejected.append("there is no room for its rows")
                 return None
-            left = {name for name, seq in seqs.items() if seq.seq_id in refused}
+            left = {name for name, seq in zip(names, seqs, strict=True) if seq.seq_id in refused}
             self._todo.appendleft(only(step, left))
         if not ran:
             return None
         for bind in step.binds:
-            self._blocks.bind(bind, self.requests.found.get(bind.request))
+            if (seq := self.requests.found.get(bind.request)) is not None:
+                self._blocks.bind(bind, seq)
         if len(ran) < len(seqs):
             running = {seq.seq_id for seq in ran}
-            seqs = {name: seq for name, seq in seqs.items() if seq.seq_id in running}
-        ordered, groups = self._order(step, seqs)
+            pairs = zip(names, seqs, strict=True)
+            names = [name for name, seq in pairs if seq.seq_id in running]
+        if admission.evicted:
+            admission.evicted = False
+            self._order.forget()
+        ordered, groups = self._order.of(step, names, ran)
         output = _output(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
-        output.prefix_groups = BatchRows.of(ordered, groups)
+        output.prefix_groups = BatchRows.of(ordered, is_prefill, groups)
         return output
-
-    def _order(
-        self, step: PlanStep, seqs: dict[str, Any]
-    ) -> tuple[list[Any], list[tuple[int, int, int, int]]]:
-        """See `group_rows`; the same as in the last decode step when nothing has changed."""
-        if self.admission.evicted:
-            self.admission.evicted = False
-            self._agreed.clear()  # blocks were given out anew
-            self._last = ([], None, None)
-        rows, groups, found = self._last
-        if step.groups is groups and rows == list(seqs.values()):
-            ordered, table = found
-            return ordered, table
-        result = group_rows(seqs, step.groups, self._agreed if step.decode else {})
-        if step.decode:
-            self._last = (list(seqs.values()), step.groups, result)
-        return result
 
     # LMDeploy's own rules.
 

@@ -176,6 +176,8 @@ class NamedSequences:
         """Sequences by request, as of the last `refresh`."""
         self._mark: tuple[int, int | None] = (0, None)
         """How many sequences there were at the last `refresh`, and the last of them."""
+        self._queue: tuple[int, ...] = ()
+        """Which sequences waited then, and where the answer of the last one starts."""
 
     def follow(self) -> News:
         """News from here on, for one more reader."""
@@ -183,7 +185,8 @@ class NamedSequences:
         return self._followers[-1]
 
     def refresh(self) -> None:
-        """Look what has come and what has gone; costs as much as that and what waits."""
+        """Look what has come and what has gone; costs as much as that, and as what waits if other
+        sequences wait than before."""
         manager = self.scheduler.seq_manager
         all_now, live = manager._seq_map, self.live
         gone, new = list[_Live](), list[int]()
@@ -193,11 +196,7 @@ class NamedSequences:
             self._mark = mark
             gone += [live.pop(number) for number in live.keys() - all_now.keys()]
             new += sorted(all_now.keys() - live.keys())
-        turns = [
-            number
-            for number, seq in manager.get_sequences(MessageStatus.WAITING).items()
-            if (seen := live.get(number)) is not None and seen.start != seq.output_start_pos
-        ]
+        turns = self._turns()
         gone += map(live.pop, turns)
         new += turns
         if not gone and not new:
@@ -211,6 +210,21 @@ class NamedSequences:
         for news in self._followers:
             news.come += come
             news.gone += gone
+
+    def _turns(self) -> list[int]:
+        """Sequences that wait with another turn than before."""
+        waiting = self.scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
+        # What comes to wait stands last.
+        last = next(reversed(waiting.values()), None)
+        queue = *waiting, -1 if last is None else last.output_start_pos
+        if queue == self._queue:
+            return []
+        self._queue = queue
+        return [
+            number
+            for number, seq in waiting.items()
+            if (seen := self.live.get(number)) is not None and seen.start != seq.output_start_pos
+        ]
 
     def snapshot(self) -> EngineView:
         """What the engine reports, all of it, to keep."""

@@ -110,7 +110,8 @@ def serve(task: dict[str, Any], target: Target, engine: Any) -> SageLLMEngine:
     made = backend.target
     fitted = evolve(target, engine="vllm", model=made.model, workers=made.workers)
     served = SageLLMEngine(
-        LoadedBackend(backend, fitted, None, task["model"]), pipeline=task["pipeline"]
+        LoadedBackend(backend, fitted, None, task["model"], spill=True),
+        pipeline=task["pipeline"],
     )
     served.start()
     return served

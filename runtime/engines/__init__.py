@@ -74,6 +74,8 @@ class LoadedBackend:
     tokenizer: ServingTokenizer | None
     """None: the model has none, and only prompts of token ids can be asked."""
     model_name: str
+    spill: bool = False
+    """Whether online plans keep what gives way on the device in the host tier (see `OnlinePlanner`)."""
 
 
 BACKENDS = (

@@ -62,7 +62,7 @@ class SageLLMEngine:
         self._meter = Meter(loaded.target)
         loops = 1 if loaded.backend.depth > 1 else min(max_loops, loaded.target.max_loops)
         target = evolve(loaded.target, max_loops=loops)
-        planner = OnlinePlanner(target, pipeline, reserve=reserve)
+        planner = OnlinePlanner(target, pipeline, reserve=reserve, spill=loaded.spill)
         self._loop = EngineLoop(engine_id, loaded.backend, planner, self._meter, max_waiting)
 
     @property

@@ -180,6 +180,7 @@ def test_served(
     assert backend.scheduler.asked == backend.scheduler.answered
     assert engine.load().kv_used_blocks == 0
     assert sum(response.cached_tokens for response in answers) > 0
+    assert backend.stats().moved_blocks > 0
 
 
 def test_a_plan_is_run_a_step_at_a_time(ahead: LoadedBackend, expected: dict[str, Any]) -> None:

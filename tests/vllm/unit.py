@@ -1,13 +1,13 @@
 """A `PlanScheduler` without an engine around it."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
 from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
@@ -109,26 +109,90 @@ class Core:
         self.ends: dict[str, str] = {}
         """Why requests ended."""
         self._queue: deque[tuple[Any, Any]] = deque()
-        self._depth = 1 + asynchronous
+        self.depth = 1 + asynchronous
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._queue) or self.scheduler.has_requests()
 
-    def tick(self) -> None:
+    def tick(self) -> list[Any]:
         """As `EngineCore.step_with_batch_queue` does it."""
         if self.scheduler.has_requests():
             out = self.scheduler.schedule()
             assert len(out.num_scheduled_tokens) <= self.scheduler.target.max_batch
             assert out.total_num_scheduled_tokens <= self.scheduler.target.max_tokens
             self._queue.append((out, self.worker.run(out)))
-            if len(self._queue) < self._depth and self.scheduler.has_requests():
-                return
+            more = out.total_num_scheduled_tokens or self.scheduler.has_requests()
+            if len(self._queue) < self.depth and more:
+                return []
         out, result = self._queue.popleft()
+        items = []
         for client in self.scheduler.update_from_output(out, result).values():
+            items += client.outputs
             for item in client.outputs:
                 name = item.request_id.removesuffix("-internal")
                 self.answers.setdefault(name, []).extend(item.new_token_ids)
                 if item.finish_reason is not None:
                     self.ends[name] = str(item.finish_reason)
+        return items
+
+
+class Engine:
+    """vLLM's `LLMEngine` around a core, as far as an adapter asks it.
+
+    Args:
+        core: whose scheduler an adapter drives.
+        tokens: that end a request's answer.
+        texts: lengths at which its front end finds a stop string in a request's answer.
+    """
+
+    def __init__(
+        self, core: Core, tokens: Mapping[str, Sequence[int]], texts: Mapping[str, int]
+    ) -> None:
+        self._core, self._tokens, self._texts = core, tokens, texts
+        inner = SimpleNamespace(scheduler=core.scheduler, batch_queue_size=core.depth)
+        self.engine_core = SimpleNamespace(engine_core=inner)
+        longest = core.scheduler.target.tiers[0].blocks * BLOCK
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
+        self._lengths: dict[str, int] = {}
+        """Of the answers of requests that have not ended."""
+
+    def add_request(self, name: str, prompt: Mapping[str, Any], params: SamplingParams) -> None:
+        """Its id inside is another one."""
+        made = request(
+            name,
+            prompt["prompt_token_ids"],
+            params.max_tokens or 0,
+            stop=self._tokens.get(name, ()),
+        )
+        self._lengths[name] = 0
+        self._core.scheduler.add_request(made)
+
+    def abort_request(self, names: Sequence[str]) -> None:
+        """At once, in front end and core."""
+        for name in names:
+            self._lengths.pop(name, None)
+            self._core.scheduler.finish_requests(f"{name}-internal", RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> list[Any]:
+        """What its front end makes of a tick of the core."""
+        outputs = []
+        for item in self._core.tick():
+            name = item.request_id.removesuffix("-internal")
+            if name not in self._lengths:
+                continue
+            self._lengths[name] += len(item.new_token_ids)
+            reason = None if item.finish_reason is None else str(item.finish_reason)
+            if self._lengths[name] == self._texts.get(name) and reason is None:
+                self.abort_request([name])
+                reason = "stop"
+            elif reason is not None:
+                del self._lengths[name]
+            made = SimpleNamespace(
+                token_ids=item.new_token_ids, text="", finish_reason=reason, logprobs=None
+            )
+            outputs.append(
+                SimpleNamespace(request_id=name, finished=reason is not None, outputs=[made])
+            )
+        return outputs

@@ -183,7 +183,7 @@ class VLLMBackendAdapter:
             raise SageIRError(Diagnostic(f"request {request!r} was never submitted"))
         if not client.finish:
             client.finish = "abort"
-            self.engine.abort_request([request])
+            self._leave(request)
             self._pending.append(TokenEvent(request, None, "", client.given, "abort"))
 
     def release(self, request: str) -> None:
@@ -191,7 +191,7 @@ class VLLMBackendAdapter:
         client = self._clients.pop(request, None)
         if client is not None:
             if not client.finish:
-                self.engine.abort_request([request])
+                self._leave(request)
             self.scheduler.release(request)
 
     def stats(self) -> EngineStats:
@@ -219,6 +219,11 @@ class VLLMBackendAdapter:
         self._record()
         for output in outputs:
             self._made += ((scheduler.answered, event) for event in self._events(output))
+
+    def _leave(self, request: str) -> None:
+        """Have no more tokens of a request, nor tell those that were not taken."""
+        self.engine.abort_request([request])
+        self._made = deque(made for made in self._made if made[1].request != request)
 
     def _drain(self) -> list[TokenEvent]:
         events, self._pending = self._pending, []

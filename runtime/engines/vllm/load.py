@@ -68,7 +68,7 @@ def load_vllm(
     backend = VLLMBackendAdapter(engine, stop_at_eos=stop_at_eos)
     spec = evolve(backend.target.model, name=model)
     fitted = evolve(chosen, engine="vllm", model=spec, workers=backend.target.workers)
-    return LoadedBackend(backend, fitted, load_tokenizer(model), model)
+    return LoadedBackend(backend, fitted, load_tokenizer(model), model, spill=True)
 
 
 def make_engine(

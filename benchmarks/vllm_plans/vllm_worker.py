@@ -27,7 +27,7 @@ from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
 from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
 from sagellm_ir.target import Target
 
-PLANNED = ("scheduler_cls", "kv_transfer_config", "disable_cascade_attn")
+PLANNED = ("scheduler_cls", "kv_transfer_config")
 """What makes vLLM's settings those of an engine that plans drive."""
 
 
@@ -235,8 +235,7 @@ def main() -> None:
     print(json.dumps(said), file=results, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        sessions = make(task["workload"], task["seed"], said["vocab"], task["scale"])
-        asked = sessions[: task["most"]]
+        asked = make(task["workload"], task["seed"], said["vocab"], task["scale"])
         run = asyncio.run(ask_served(served, asked)) if served else Driver(engine, asked).run()
         print(json.dumps({**run, **steps.take()}), file=results, flush=True)
 

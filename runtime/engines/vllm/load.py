@@ -16,7 +16,7 @@ from sagellm_ir.runtime.engines.embedded import load_tokenizer
 from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
 from sagellm_ir.runtime.engines.vllm.engine import BLOCK_MULTIPLES, VLLMBackendAdapter
-from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
+from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.runtime.protocols import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import vllm_kv_cache_dtype
 from sagellm_ir.target import DEVICE, Target
@@ -120,7 +120,6 @@ def engine_settings(
     pool = _device_blocks(target, BLOCK_MULTIPLES.get(device, 16))
     config = AutoConfig.from_pretrained(folder)
     longest = min(config.max_position_embeddings, pool * target.block_size)
-    cascade = check_version() in CASCADE and device != "cpu"
     return {
         "model": str(folder),
         "dtype": dtype,
@@ -135,7 +134,6 @@ def engine_settings(
         "tensor_parallel_size": target.tp,
         "distributed_executor_backend": "mp" if target.tp > 1 else "uni",
         "enable_prefix_caching": False,  # sharing is the plan's
-        **({"disable_cascade_attn": False} if cascade else {}),  # the plan's prefix groups
         "enforce_eager": device == "cpu",
         "disable_log_stats": True,
         "scheduler_cls": SCHEDULER,

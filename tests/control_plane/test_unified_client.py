@@ -47,9 +47,9 @@ def test_the_unified_client(gateway: Callable[[], Any], monkeypatch: pytest.Monk
 
 def test_the_unified_client_in_process() -> None:
     async def test() -> None:
-        from sagellm_ir.runtime.control_plane.in_process import register
-
         async with sage() as at:
+            from sagellm_ir.runtime.control_plane.in_process import register
+
             made = tiny_engine("a")
             made.start()
             registration = await register(at.fleet, made)

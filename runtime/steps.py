@@ -168,6 +168,9 @@ class Steps:
         """
         name = job.request.id
         row = self.rows.pop(name, None)
+        if row is not None and name not in self.batch and name not in self.spent:
+            # It is computed again, and this far.
+            tokens = None if tokens is None else tokens[: row.computed + 1]
         self.spent.pop(name, None)
         self.late.discard(name)
         self.full = False

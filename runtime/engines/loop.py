@@ -10,48 +10,19 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-from attrs import define, evolve, field, frozen
+from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, PlanRequest, PlanStep
 from sagellm_ir.runtime.backend import InferenceBackend, TokenEvent
 from sagellm_ir.runtime.engines.answers import EngineBusy, EngineDraining, EngineFailed
-from sagellm_ir.runtime.engines.metrics import Meter, Metrics, Timing
+from sagellm_ir.runtime.engines.metrics import Meter, Timing
+from sagellm_ir.runtime.engines.tickets import Ended, News, Ticket, send
 from sagellm_ir.runtime.planner import OnlinePlanner
 
-__all__ = ["Ended", "EngineLoop", "News", "Ticket"]
+__all__ = ["EngineLoop"]
 
 logger = logging.getLogger(__name__)
-
-
-@frozen
-class Ended:
-    """The last news of a request."""
-
-    cached_tokens: int
-    metrics: Metrics
-
-
-News = TokenEvent | Ended | SageIRError
-"""What a request hears: its tokens, then how it ended or why it failed."""
-
-
-@define(eq=False)
-class Ticket:
-    """A request in the loop, and where its news go."""
-
-    id: str
-    """As its user calls it."""
-    request: PlanRequest
-    """Its id is `id`, or a name made from it while the engine still knows another request of `id`."""
-    news: "asyncio.Queue[News]"
-    home: asyncio.AbstractEventLoop
-    """The event loop of `news`."""
-    timing: Timing
-    made: list[int] = field(factory=list)
-    """The tokens of its answer so far."""
-    abandoned: bool = False
-    """Set from outside: nobody waits for it any more."""
 
 
 class EngineLoop:
@@ -210,7 +181,7 @@ class EngineLoop:
         for ticket in left:
             if (name := ticket.request.id) in self._known:
                 self._backend.abort(name)
-            _send(ticket.home, [(ticket, self._forget(ticket, "aborted"))])
+            send(ticket.home, [(ticket, self._forget(ticket, "aborted"))])
         return not self._stopping
 
     def _accept(self, ticket: Ticket) -> None:
@@ -296,12 +267,12 @@ class EngineLoop:
                 self._planner.end(event.request, [*(ticket.request.tokens or ()), *ticket.made])
                 homes[ticket.home].append((ticket, self._forget(ticket, "finished")))
         for home, news in homes.items():
-            _send(home, news)
+            send(home, news)
 
     def _fail(self, ticket: Ticket, error: SageIRError) -> None:
         """End a request with an error."""
         self._forget(ticket, "failed")
-        _send(ticket.home, [(ticket, error)])
+        send(ticket.home, [(ticket, error)])
 
     def _forget(self, ticket: Ticket, outcome: str) -> Ended:
         """A request leaves the loop; backend and planner still have to forget it."""
@@ -323,15 +294,3 @@ class EngineLoop:
             waiting = list(self._tickets.values())
         for ticket in waiting:
             self._fail(ticket, refusal())
-
-
-def _send(home: asyncio.AbstractEventLoop, news: list[tuple[Ticket, News]]) -> None:
-    def put() -> None:
-        for ticket, item in news:
-            ticket.news.put_nowait(item)
-
-    try:
-        home.call_soon_threadsafe(put)
-    except RuntimeError:  # the event loop has closed: nobody is left to hear it
-        for ticket, _ in news:
-            ticket.abandoned = True

@@ -20,8 +20,9 @@ from sagellm_ir.runtime.engines.answers import (
     StreamEvent,
     StreamStart,
 )
-from sagellm_ir.runtime.engines.loop import Ended, EngineLoop
+from sagellm_ir.runtime.engines.loop import EngineLoop
 from sagellm_ir.runtime.engines.metrics import Load, Meter, Metrics
+from sagellm_ir.runtime.engines.tickets import Ended
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 from sagellm_ir.target import DEVICE

@@ -287,3 +287,24 @@ def test_any_traffic_is_answered_from_its_own_kv(data: st.DataObject) -> None:
     reserve = data.draw(st.none() | st.integers(1, 6))
     engine, _ = online(traffic, lengths, target, reserve)
     assert {r.id: r.generated for r in engine.report().requests} == lengths
+
+
+def test_what_is_not_computed_again_yet_is_not_found() -> None:
+    """A request is aborted while it computes for the second time what was dropped of it."""
+    planner = OnlinePlanner(evolve(TARGET, max_tokens=5, max_loops=1), PIPELINE)
+    prompt, answer = [1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    planner.submit(request("a", prompt, 30))
+    planner.meet("a")
+    for made in range(len(answer)):
+        assert planner.advance({"a": made}.__getitem__) is not None
+    planner.lost("a", len(answer))
+    step = planner.advance(lambda _: len(answer))
+    assert step is not None
+    (again,) = step.prefill
+    assert again.stop % TARGET.block_size  # it ends inside a block
+    planner.end("a", [*prompt, *answer])
+    planner.submit(request("b", [*prompt, *answer, 18], 2))
+    planner.meet("b")
+    step = planner.advance(lambda _: 0)
+    assert step is not None
+    assert step.prefill[0].start <= again.stop

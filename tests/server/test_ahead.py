@@ -13,8 +13,9 @@ from sagellm_ir.request import Request, TokenPrompt
 from sagellm_ir.runtime import SageLLMEngine
 from sagellm_ir.runtime.backend import TokenEvent
 from sagellm_ir.runtime.engines.answers import EngineDraining, EngineFailed
-from sagellm_ir.runtime.engines.loop import Ended, EngineLoop, Ticket
+from sagellm_ir.runtime.engines.loop import EngineLoop
 from sagellm_ir.runtime.engines.metrics import Meter
+from sagellm_ir.runtime.engines.tickets import Ended, Ticket
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import DEVICE
 from tests.embedded.tiny import oracle

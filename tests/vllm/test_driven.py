@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import Bind, KVMove, PlanRequest, PlanStep, PrefillChunk
 from sagellm_ir.runtime.backend import TokenEvent
-from sagellm_ir.runtime.engines.loop import Ended, EngineLoop, Ticket
+from sagellm_ir.runtime.engines.loop import EngineLoop
 from sagellm_ir.runtime.engines.metrics import Meter
+from sagellm_ir.runtime.engines.tickets import Ended, Ticket
 from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
 from sagellm_ir.runtime.planner import OnlinePlanner
 from sagellm_ir.target import DEVICE

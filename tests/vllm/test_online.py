@@ -99,6 +99,25 @@ def test_the_next_turn_computes_what_is_new(asynchronous: bool) -> None:
 
 
 @ASYNCHRONOUS
+def test_an_answer_that_stopped_is_found_again(asynchronous: bool) -> None:
+    """A forward of it is in flight when its end is seen."""
+    core = unit.Core(unit.make(unit.target(32)), asynchronous)
+    prompt = tuple(range(3 * unit.BLOCK))
+    whole = answer(prompt, 20)
+    core.scheduler.add_request(unit.request("first", prompt, 20, stop=[whole[9]]))
+    while core.busy:
+        core.tick()
+    said = (*prompt, *core.answers["first"])
+    assert len(prompt) + unit.BLOCK < len(said) < len(prompt) + 20
+    before = core.scheduler.stats.prefill_tokens
+    core.scheduler.add_request(unit.request("next", (*said, 7), 1))
+    while core.busy:
+        core.tick()
+    kept = (len(said) - 1) // unit.BLOCK * unit.BLOCK
+    assert core.scheduler.stats.prefill_tokens - before == len(said) + 1 - kept
+
+
+@ASYNCHRONOUS
 def test_a_prefix_that_gave_way_comes_back_from_the_host(asynchronous: bool) -> None:
     core = unit.Core(unit.make(unit.target(BLOCKS)), asynchronous)
     scheduler = core.scheduler

@@ -75,9 +75,7 @@ class OnlineSource:
 
     def gone(self, sequence: Sequence) -> None:
         """A request has ended. A forward of it may be in flight, and runs before any that is to come."""
-        whole = sequence.computed >= sequence.known - 1
-        tokens = tuple(sequence.request.all_token_ids) if whole else None
-        self.planner.end(sequence.name, tokens)
+        self.planner.end(sequence.name, tuple(sequence.request.all_token_ids))
 
     def take_refused(self) -> list[str]:
         """Requests that can never be planned, told once."""

@@ -30,9 +30,12 @@ class Copy:
 
 @frozen
 class _Part:
-    """Device memory that blocks go through: (blocks, bytes of all layers)."""
+    """Device memory that blocks go through."""
 
     staged: Tensor
+    """(blocks, bytes of all layers)."""
+    layers: tuple[Tensor, ...]
+    """The same, each layer in its own type and shape: (blocks, ...)."""
     filled: Any
     """The event that what was read is in it."""
     free: Any
@@ -66,11 +69,7 @@ class BlockCopier:
         self._streams = torch.get_device_module(self._device)
         self._bus = self._streams.Stream()
         most = max(1, min(STAGED // sum(sizes), *tiers.values(), len(layers[0]))) if tiers else 0
-        self._parts = [
-            _Part(self._space(most), self._streams.Event(), self._streams.Event())
-            for _ in range(PARTS)
-        ]
-        self._turns = cycle(self._parts)
+        self._turns = cycle([self._part(most) for _ in range(PARTS)])
 
     def copy(self, copy: Copy) -> None:
         """Have blocks copied before the next forward; those that leave the device, at some time."""
@@ -81,57 +80,57 @@ class BlockCopier:
         at = 0
         while at < len(copy.src):
             part = next(self._turns)
-            stop = min(len(copy.src), at + len(part.staged))
-            staged = part.staged[: stop - at]
+            stop = at + len(part.staged)
             with self._streams.stream(reader):
                 part.free.wait(reader)
-                self._read(copy.from_tier, copy.src[at:stop], staged)
+                self._read(copy.from_tier, copy.src[at:stop], part)
                 part.filled.record(reader)
             with self._streams.stream(writer):
                 part.filled.wait(writer)
-                self._write(copy.to_tier, copy.dst[at:stop], staged)
+                self._write(copy.to_tier, copy.dst[at:stop], part)
                 part.free.record(writer)
             at = stop
 
     def _shift(self, copy: Copy) -> None:
         """Within a tier what is read may be written, too: all is read first."""
         with self._streams.stream(self._stream(copy.from_tier)):
-            staged = self._space(len(copy.src))
-            self._read(copy.from_tier, copy.src, staged)
-            self._write(copy.to_tier, copy.dst, staged)
+            part = self._part(len(copy.src))
+            self._read(copy.from_tier, copy.src, part)
+            self._write(copy.to_tier, copy.dst, part)
 
     def _stream(self, tier: str) -> Any:
         """Where a tier is read and written."""
         return self._streams.current_stream() if tier == DEVICE else self._bus
 
-    def _space(self, blocks: int) -> Tensor:
-        return torch.empty(blocks, self._stops[-1], dtype=torch.uint8, device=self._device)
+    def _part(self, blocks: int) -> _Part:
+        size = self._stops[-1]
+        staged = torch.empty(blocks, size, dtype=torch.uint8, device=self._device)
+        layers = (
+            staged[:, start:stop].view(layer.dtype).view(blocks, *layer.shape[1:])
+            for layer, (start, stop) in zip(self._layers, pairwise(self._stops), strict=True)
+        )
+        return _Part(staged, tuple(layers), self._streams.Event(), self._streams.Event())
 
-    def _read(self, tier: str, blocks: Sequence[int], staged: Tensor) -> None:
+    def _read(self, tier: str, blocks: Sequence[int], part: _Part) -> None:
         if tier == DEVICE:
-            index = self._index(blocks)
-            for layer, part in self._pieces(staged):
-                torch.index_select(layer, 0, index, out=part)
+            index, count = self._index(blocks), len(blocks)
+            for layer, staged in zip(self._layers, part.layers, strict=True):
+                torch.index_select(layer, 0, index, out=staged[:count])
         else:
             for at, run in _runs(blocks):
-                staged[at].copy_(self._tiers[tier][run], non_blocking=True)
+                part.staged[at].copy_(self._tiers[tier][run], non_blocking=True)
 
-    def _write(self, tier: str, blocks: Sequence[int], staged: Tensor) -> None:
+    def _write(self, tier: str, blocks: Sequence[int], part: _Part) -> None:
         if tier == DEVICE:
-            index = self._index(blocks)
-            for layer, part in self._pieces(staged):
-                layer.index_copy_(0, index, part)
+            index, count = self._index(blocks), len(blocks)
+            for layer, staged in zip(self._layers, part.layers, strict=True):
+                layer.index_copy_(0, index, staged[:count])
         else:
             for at, run in _runs(blocks):
-                self._tiers[tier][run].copy_(staged[at], non_blocking=True)
+                self._tiers[tier][run].copy_(part.staged[at], non_blocking=True)
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, pin_memory=self._pinned).to(self._device, non_blocking=True)
-
-    def _pieces(self, staged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each layer, and its piece of staged blocks in its own type and shape."""
-        for layer, (start, stop) in zip(self._layers, pairwise(self._stops), strict=True):
-            yield layer, staged[:, start:stop].view(layer.dtype).view(-1, *layer.shape[1:])
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[slice, slice]]:

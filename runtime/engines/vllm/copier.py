@@ -130,7 +130,9 @@ class BlockCopier:
                 self._tiers[tier][run].copy_(part.staged[at], non_blocking=True)
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, pin_memory=self._pinned).to(self._device, non_blocking=True)
+        return torch.tensor(blocks, dtype=torch.int64, pin_memory=self._pinned).to(
+            self._device, non_blocking=True
+        )
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[slice, slice]]:

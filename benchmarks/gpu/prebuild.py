@@ -130,12 +130,16 @@ def _ours(what: str, spec: AttentionSpec, rows: int) -> None:
         return
     tile = tile_for(spec, rows)
     if what != "rest":
-        for beside in {False, what == "private"}:
+        forms = [(False, False)]
+        if what == "private":
+            forms += [(True, False), (True, True)]
+        for beside, late in forms:
             launch_attend(
                 *(spec, tile, SMS, x, lists, ints, ints),
                 shared=what == "shared",
                 early=True,
                 beside=beside,
+                late=late,
             )
         return
     for rows, shared in product(rows_of_merge(spec), (False, True)):
@@ -144,7 +148,6 @@ def _ours(what: str, spec: AttentionSpec, rows: int) -> None:
     for height in tile_heights(spec):
         launch_schedule(
             *(spec, tile_for(spec, height), batch.lengths, lists, ints, ints),
-            sms=SMS,
             max_batch=MAX_BATCH,
             batch=1,
         )

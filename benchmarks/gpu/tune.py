@@ -70,7 +70,6 @@ def variant(
         items, sizes = kernels._items, kernels._sizes
         launch_schedule(
             *(spec, tile, batch.lengths, lists, items, sizes),
-            sms=kernels._sms,
             max_batch=256,
             batch=len(batch.q_lens),
         )

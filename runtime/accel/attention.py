@@ -105,8 +105,8 @@ class PrefixAttention:
         parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
         listed, entries = 8 * rows, 64 * rows
         self._limits = Limits(self._sms, items, listed, entries, parts)
-        always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 1}
-        shared = {"sizes": 1, "items": items * ITEM_FIELDS, "rows": listed}
+        always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 2}
+        shared = {"sizes": 2, "items": items * ITEM_FIELDS, "rows": listed}
         tables = {"where_start": batch, "where": entries}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
         self._items = self._ints(items * ITEM_FIELDS)
@@ -159,7 +159,9 @@ class PrefixAttention:
         forest = plan_forest(self.spec, groups, new, total, self.gate)
         starts = np.zeros(len(new) + 1, np.int32)
         np.cumsum(new, out=starts[1:])
-        work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits)
+        private = tile_for(self.spec, most * self.spec.group)
+        alone = 0 if private.wide else int((total - forest.private).sum())
+        work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits, alone)
         nothing = np.zeros(0 if work else len(new), np.int32)
         one_each = int(starts[-1]) == len(new) and most == 1
         sequences = np.arange(len(new), dtype=np.int32)
@@ -170,9 +172,12 @@ class PrefixAttention:
         meta.write("begin", forest.private if work else nothing)
         meta.write("shared_slots", work.slots if work else nothing)
         meta.write("row_seq", sequences if one_each else np.repeat(sequences, new))
-        meta.write("part_base", np.array([work.parts if work else 0], np.int32))
+        left = work.left if work else 0
+        # Few SMs need more pieces than programs: the others take some of them in the end.
+        programs = max(left * private.ctas, self._sms) if left else self._sms * private.ctas
+        meta.write("part_base", np.array([work.parts if work else 0, programs], np.int32))
         if work:
-            meta.write("sizes", np.array([len(work.items)], np.int32))
+            meta.write("sizes", np.array([len(work.items), work.programs], np.int32))
             meta.write("items", work.items.reshape(-1))
             meta.write("rows", work.rows)
             meta.write("where_start", work.where_start)
@@ -181,7 +186,6 @@ class PrefixAttention:
         else:
             meta.upload("row_seq", int(starts[-1]))
         self._batch, self._rows = len(new), int(starts[-1])
-        private = tile_for(self.spec, most * self.spec.group)
         self.variant = Variant(private.rows, work.tile_rows if work else 0)
         return self.variant
 
@@ -220,7 +224,6 @@ class PrefixAttention:
             self._lists,
             self._items,
             self._sizes,
-            sms=self._limits.sms,
             max_batch=self.max_batch,
             batch=self._batch,
         )
@@ -293,4 +296,5 @@ class PrefixAttention:
             shared=shared,
             early=self._chain,
             beside=beside,
+            late=beside and tile_for(self.spec, self.variant.shared).wide,
         )

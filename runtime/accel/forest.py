@@ -20,7 +20,12 @@ from sagellm_ir.runtime.accel.spec import AttentionSpec
 __all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest", "shared_prefixes"]
 
 Ints = NDArray[np.int32]
-_saved = lru_cache(maxsize=4096)(Gate.saved)  # A server sees the same groups again and again.
+
+
+@lru_cache(maxsize=4096)
+def _saved(gate: Gate, spec: AttentionSpec, queries: int, sequences: int, tokens: int) -> float:
+    """`Gate.saved`: a server sees the same groups again and again."""
+    return gate.saved(spec, queries, sequences, tokens)
 
 
 @frozen

@@ -27,6 +27,10 @@ _STARTS = {16: 3e-6, 32: 3e-6, 128: 4.5e-6}
 """What tiles cost that leave no room on an SM for private programs beside them, seconds, measured on an
 H200: the private part then runs after them; and one of 128 rows takes long to start."""
 
+_UNDIVIDED = {64: (7e-6, 1.6)}, (11e-6, 1.0)
+"""What a layer takes with tiles of some rows, and with the others, whose shared kernel runs on all SMs:
+seconds, and how much longer the nodes take beside private parts."""
+
 
 @frozen
 class Gate:
@@ -70,16 +74,37 @@ class Gate:
         merge = partials / self.bandwidth + cuts * self.slot
         return apart - together - merge - self.node
 
+    def heights(self, spec: "AttentionSpec") -> tuple[int, ...]:
+        """The tile heights to choose from."""
+        return tile_heights(spec)
+
     def tile_rows(self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
         best, least = 0, math.inf
-        for rows in tile_heights(spec):
-            seconds = _STARTS.get(rows, 0.0)
-            for queries, tokens in nodes:
-                seconds += self._read(spec, -(-queries * spec.group // rows), rows, tokens)
+        for rows in self.heights(spec):
+            seconds = _STARTS.get(rows, 0.0) + self._nodes(spec, rows, nodes)
             if seconds < least:
                 best, least = rows, seconds
         return best
+
+    def undivided(
+        self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]], private: int
+    ) -> tuple[float, int]:
+        """Seconds of a layer with (queries, tokens) nodes and `private` keys, with the best of the tiles
+        that leave the SMs undivided; and the rows of those. None of them: infinite."""
+        special, other = _UNDIVIDED
+        best, least = 0, math.inf
+        for rows in self.heights(spec):
+            start, slower = special.get(rows, other)
+            seconds = start + slower * self._nodes(spec, rows, nodes)
+            if seconds < least and not tile_for(spec, rows).wide:
+                best, least = rows, seconds
+        return least + private * spec.token_bytes / self.bandwidth, best
+
+    def _nodes(self, spec: "AttentionSpec", rows: int, nodes: Sequence[tuple[int, int]]) -> float:
+        """Seconds for tiles of `rows` rows to go over (queries, tokens) nodes."""
+        tiles = [(-(-queries * spec.group // rows), tokens) for queries, tokens in nodes]
+        return sum(self._read(spec, many, rows, tokens) for many, tokens in tiles)
 
     def _read(self, spec: "AttentionSpec", tiles: int, rows: int, tokens: int) -> float:
         """Seconds for `tiles` tiles of `rows` rows (in each KV head) to go over `tokens` keys."""

@@ -136,6 +136,7 @@ class Lists:
     begin: Tensor
     shared_slots: Tensor
     part_base: Tensor
+    """The first partial of private parts, and the programs that those are cut for."""
     row_seq: Tensor
     rows: Tensor
     where_start: Tensor
@@ -166,6 +167,7 @@ def attend_constants(
     shared: bool,
     early: bool,
     beside: bool,
+    late: bool = False,
     upcast: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments of `attend`, but for those of `stride_constants`."""
@@ -185,6 +187,7 @@ def attend_constants(
         "BD": _padded(spec),
         "EARLY": early,
         "BESIDE": beside,
+        "LATE": late,
     }
 
 
@@ -228,6 +231,7 @@ def launch_attend(
     shared: bool,
     early: bool,
     beside: bool = False,
+    late: bool = False,
 ) -> None:
     """Launch `attend` on a fixed grid of `grid` programs.
 
@@ -235,6 +239,7 @@ def launch_attend(
         early: whether the launch behind it may start before it has ended (programmatic dependent
             launch), and waits for it by itself.
         beside: whether it may start so behind the launch before it; it does not end before that.
+        late: whether many of its programs find no room until that launch has ended.
     """
     chain = {"early": early, "beside": beside}
     # Triton's interpreter has no bfloat16 or float8 arithmetic.
@@ -263,7 +268,7 @@ def launch_attend(
         *(x.q.stride()[:2] + x.out.stride()[:2]),
         x.table.stride(0),
         **stride_constants(x.k, x.v, ks, vs),
-        **attend_constants(spec, tile, shared=shared, upcast=upcast, **chain),
+        **attend_constants(spec, tile, shared=shared, late=late, upcast=upcast, **chain),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.limit(spec, shared=shared),
@@ -323,12 +328,9 @@ def launch_merge(
     )
 
 
-def schedule_constants(
-    spec: AttentionSpec, tile: Tile, sms: int, max_batch: int
-) -> dict[str, object]:
+def schedule_constants(spec: AttentionSpec, tile: Tile, max_batch: int) -> dict[str, object]:
     """The compile-time arguments of `schedule`."""
     return {
-        "GRID": sms * tile.ctas,
         "KV_HEADS": spec.kv_heads,
         "GROUP": spec.group,
         "BM": tile.rows,
@@ -352,7 +354,6 @@ def launch_schedule(
     items: Tensor,
     sizes: Tensor,
     *,
-    sms: int,
     max_batch: int,
     batch: int,
 ) -> None:
@@ -361,5 +362,5 @@ def launch_schedule(
         *(kv_lens, lists.q_start, lists.begin, lists.shared_slots, lists.part_base),
         *(lists.where_start, lists.merges, items, sizes, lists.taken),
         *(batch, len(items) // ITEM_FIELDS, len(lists.lse)),
-        **schedule_constants(spec, tile, sms, max_batch),
+        **schedule_constants(spec, tile, max_batch),
     )

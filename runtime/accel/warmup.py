@@ -1,14 +1,17 @@
 """`warm_up`: compiles what an engine will launch, before its first request waits for that."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from sagellm_ir.runtime.accel.attention import PrefixAttention
 from sagellm_ir.runtime.accel.forest import SharedPrefix
+from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.launch import rows_of_merge
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_heights
@@ -41,12 +44,13 @@ def warm_up(
     """
     begun = time.monotonic()
     spec, device = attention.spec, attention.device
-    gate, attention.gate = attention.gate, None
+    gate = attention.gate
     sinks = torch.zeros(spec.heads, dtype=spec.dtype, device=device) if spec.sinks else None
     try:
         for new, shared in _batches(spec, attention.max_batch, attention.max_rows):
             total = [spec.block_size + tokens for tokens in new]
             group = SharedPrefix(0, spec.block_size, range(len(new)))
+            attention.gate = _Only(rows=shared)
             attention.update(new, total, [group] if shared else [])
             q = torch.zeros(sum(new), spec.heads, spec.head_dim, dtype=spec.dtype, device=device)
             lengths = torch.tensor(total, dtype=torch.int32, device=device)
@@ -66,18 +70,33 @@ def warm_up(
     _LOG.info("attention kernels are compiled, %.1f s", time.monotonic() - begun)
 
 
-def _batches(spec: AttentionSpec, batch: int, rows: int) -> Iterator[tuple[list[int], bool]]:
-    """New tokens of each sequence, and whether they share a page: together they need every tile of
-    both kernels, and every form of `schedule` and `merge`."""
-    for height in tile_heights(spec):
+@frozen
+class _Only(Gate):
+    """Packs all groups, in tiles of one height."""
+
+    rows: int = 0
+
+    def heights(self, spec: AttentionSpec) -> tuple[int, ...]:
+        return (self.rows,)
+
+    def saved(self, *_: object) -> float:
+        return math.inf
+
+
+def _batches(spec: AttentionSpec, batch: int, rows: int) -> Iterator[tuple[list[int], int]]:
+    """New tokens of each sequence, and the height of the tiles for a page that they share (0: none):
+    together they need every tile of both kernels, beside each other or after each other, and every
+    form of `schedule` and `merge`."""
+    heights = tile_heights(spec)
+    for height in heights:
         many, tokens = max(2, height // spec.group), max(1, height // spec.group)
         for new in ([1] * many, [1] * (many // 16 * 16 or 16), [tokens] * 2):
             if len(new) <= batch and sum(new) <= rows:
-                yield new, True
+                yield from ((new, shared) for shared in heights)
         for new in ([tokens], [tokens] * 2, [tokens] * 16):
             if len(new) <= batch and sum(new) <= rows:
-                yield new, False
+                yield new, 0
     for more in rows_of_merge(spec):
         if 1 < more <= rows and batch > 1:
-            yield [more], False
-            yield [more - 1, 1], True
+            yield [more], 0
+            yield [more - 1, 1], heights[0]

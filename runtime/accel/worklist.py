@@ -7,6 +7,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from sagellm_ir.runtime.accel.division import Counts, Pieces, divide
 from sagellm_ir.runtime.accel.forest import Forest, Ints
 from sagellm_ir.runtime.accel.gate import Gate, ceil_div
 from sagellm_ir.runtime.accel.spec import AttentionSpec
@@ -77,33 +78,42 @@ class SharedWork:
     """The partials of a query token's first head from nodes, in the order of the keys."""
     parts: int
     """Partials written by the shared kernel."""
-    chunk: int
+    programs: int
+    """Programs of the shared kernel that work."""
+    left: int
+    """SMs that those leave to private programs alone."""
 
 
 def plan_shared(
-    spec: AttentionSpec, forest: Forest, q_start: Ints, gate: Gate, limits: Limits
+    spec: AttentionSpec, forest: Forest, q_start: Ints, gate: Gate, limits: Limits, private: int = 0
 ) -> SharedWork | None:
     """Cut a forest's nodes into work items; None: nothing is shared, or the buffers are too small.
 
     A query's partials lie in the order of the keys, the same for all sequences of a node, since
     they have the same nodes above it.
+
+    Args:
+        private: keys of private parts that the private kernel may read at the same time, on other SMs.
     """
     one_each = bool((q_start[1:] - q_start[:-1] == 1).all())
     lists = [node.rows if one_each else _queries(node.rows, q_start) for node in forest.nodes]
     if not lists or sum(map(len, lists)) > limits.rows:
         return None
     sizes = tuple((node.queries, node.end - node.begin) for node in forest.nodes)
-    how = _cut(spec, gate, sizes, int(q_start[-1]), limits)
+    # In steps, so that what is remembered for them is found again when they have grown.
+    steps = 1 << max(private.bit_length() - 4, 0)
+    how = _cut(spec, gate, sizes, int(q_start[-1]), limits, private // steps * steps)
     if how is None:
         return None
-    tile, chunk = how
+    tile, chunk, programs = how
     cuts = [ceil_div(tokens, chunk) for _, tokens in sizes]
     written = (cut * queries * spec.group for cut, (queries, _) in zip(cuts, sizes, strict=True))
     parts = [0, *accumulate(written)]
     items = _items(spec, forest, tile.rows, cuts, parts, chunk)
     slots, start, where = _where(spec, forest, lists, q_start, cuts, parts, one_each)
     rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
-    return SharedWork(tile.rows, items, rows, slots, start, where, parts[-1], chunk)
+    left = limits.sms - programs // tile.ctas
+    return SharedWork(tile.rows, items, rows, slots, start, where, parts[-1], programs, left)
 
 
 def _items(
@@ -189,21 +199,39 @@ def _queries(rows: Ints, q_start: Ints) -> Ints:
     return found
 
 
+Nodes = tuple[tuple[int, int], ...]
+"""Query tokens and length of each. A server sees the same ones again and again."""
+
+
 @lru_cache(maxsize=4096)
 def _cut(
-    spec: AttentionSpec,
-    gate: Gate,
-    nodes: tuple[tuple[int, int], ...],
-    all_queries: int,
-    limits: Limits,
-) -> tuple[Tile, int] | None:
-    """The tile, and the chunk length with the smallest `makespan` whose lists fit, as `schedule` on
-    the device.
-
-    Args:
-        nodes: query tokens and length of each. A server sees the same ones again and again.
-    """
+    spec: AttentionSpec, gate: Gate, nodes: Nodes, all_queries: int, limits: Limits, private: int
+) -> tuple[Tile, int, int] | None:
+    """The tile, the chunk length and the programs that take the least time; None: no lists fit."""
     tile = tile_for(spec, gate.tile_rows(spec, nodes))
+    largest = tile_for(spec, gate.heights(spec)[-1])
+    if private and largest.wide:
+        seconds, rows = gate.undivided(spec, nodes, private)
+        pieces = _pieces(spec, largest, nodes, all_queries, limits)
+        shared = sum(tokens for _, tokens in nodes)
+        best = divide(spec, gate, largest, pieces, limits.sms, shared, private)
+        if best is not None:
+            if best.seconds < seconds:
+                return largest, best.chunk, best.programs
+            tile = tile_for(spec, rows)
+    pieces = _pieces(spec, tile, nodes, all_queries, limits)
+    if not pieces.fits.any():
+        return None
+    programs = limits.sms * tile.ctas
+    cost = makespan(pieces.work, pieces.items, pieces.sizes, programs, item_cost(tile))
+    cost += SLOT_COST * pieces.cuts + PART_COST * tile.rows * spec.kv_heads * pieces.parts
+    return tile, int(pieces.sizes[np.where(pieces.fits, cost, np.inf).argmin()]), programs
+
+
+def _pieces(
+    spec: AttentionSpec, tile: Tile, nodes: Nodes, all_queries: int, limits: Limits
+) -> Pieces:
+    """Nodes in pieces of all the lengths there are to choose from."""
     queries, lengths = np.array(nodes).T
     tiles = -(-queries * spec.group // tile.rows)
     longest = int(lengths.max())
@@ -214,17 +242,9 @@ def _cut(
     # One private slot each comes on top; the device cuts no further than there is room.
     entries = cuts @ queries
     parts = (entries + all_queries) * spec.group
-    grid = limits.sms * tile.ctas
+    fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
     work = float(lengths @ tiles * spec.kv_heads)
-    cost = makespan(work, items * spec.kv_heads, sizes, grid, item_cost(tile))
-    cost += SLOT_COST * cuts.max(1) + PART_COST * tile.rows * spec.kv_heads * parts
-    # The shortest chunks, which are the last, need most room.
-    if items[-1] > limits.items or parts[-1] > limits.parts or entries[-1] > limits.where:
-        fits = (items <= limits.items) & (parts <= limits.parts) & (entries <= limits.where)
-        if not fits.any():
-            return None
-        cost = np.where(fits, cost, np.inf)
-    return tile, int(sizes[cost.argmin()])
+    return Pieces(sizes, cuts.max(1), items * spec.kv_heads, parts, fits, work)
 
 
 def item_cost(tile: Tile) -> int:
@@ -232,7 +252,7 @@ def item_cost(tile: Tile) -> int:
     return ITEM_COST[0] + ITEM_COST[1] * tile.rows
 
 
-def makespan(work: float, items: Ints, size: Ints, grid: int, cost: int) -> NDArray[np.float64]:
+def makespan(work: float, items: Counts, size: Counts, grid: int, cost: int) -> NDArray[np.float64]:
     """When `grid` programs have done `items` items of up to `size` keys, `work` in all; in keys.
 
     In one round the longest item decides. In more, programs take the next item when they are done

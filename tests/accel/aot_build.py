@@ -134,7 +134,7 @@ def main() -> None:
             of_merge = merge_constants(spec, rows, shared=True, early=True)
             found = build(kernels.merge, spec, of_merge, None)
         else:
-            constants = schedule_constants(spec, tile_for(spec, rows), 132, 256)
+            constants = schedule_constants(spec, tile_for(spec, rows), 256)
             found = build(kernels.schedule, spec, constants, None)
         print(json.dumps(found | {"case": [fields, rows, shared]} if whole else found), flush=True)
 

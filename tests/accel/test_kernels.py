@@ -122,6 +122,22 @@ def test_without_groups_only_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch
     assert kernels.variant == Variant(private=16, shared=0)
 
 
+@pytest.mark.parametrize("programs", [1, 2])
+def test_some_programs_share_and_the_others_take_all(
+    monkeypatch: pytest.MonkeyPatch, programs: int
+) -> None:
+    """As on a divided device: few programs have the nodes, and no private item belongs to a program."""
+    real = getattr(attention_module, "launch_attend")  # noqa: B009 (not exported)
+
+    def divided(*args: Any, shared: bool, late: bool, **options: bool) -> None:
+        if shared:
+            args[6][1] = programs
+        real(*args, shared=shared, late=not shared, **options)
+
+    monkeypatch.setattr(attention_module, "launch_attend", divided)
+    check(AttentionSpec(4, 2, 64, 16, HALF), [1] * 7, [210, 81, 199, 1, 129, 130, 100], TREE)
+
+
 def test_lengths_grow_on_the_device_between_updates() -> None:
     """What a CUDA graph replays: the host plans once, lengths and work list move on the device."""
     spec = AttentionSpec(4, 2, 64, 16, HALF)

@@ -19,7 +19,7 @@ from sagellm_ir.runtime.accel.forest import (
 from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
-from sagellm_ir.runtime.accel.worklist import Limits, plan_shared
+from sagellm_ir.runtime.accel.worklist import Limits, SharedWork, plan_shared
 
 SPEC = AttentionSpec(14, 2, 128, 16)
 LLAMA = AttentionSpec(32, 8, 128, 64)
@@ -177,6 +177,33 @@ def test_the_chunk_fills_the_device() -> None:
     assert work is not None
     programs = len(work.items) * LLAMA.kv_heads
     assert programs >= 132
+
+
+def plan(spec: AttentionSpec, batch: int, tokens: int, own: int, private: int) -> SharedWork:
+    """One group, `own` private keys of each sequence; `private` of all may be read meanwhile."""
+    groups = [SharedPrefix(0, tokens, range(batch))]
+    total = np.full(batch, tokens + own, np.int32)
+    forest = plan_forest(spec, groups, np.ones(batch, np.int32), total, None)
+    starts = np.arange(batch + 1, dtype=np.int32)
+    work = plan_shared(spec, forest, starts, Gate(), LIMITS, private)
+    assert work is not None
+    return work
+
+
+def test_sms_are_divided_between_arithmetic_and_memory() -> None:
+    """SMs with shared keys are busy to the end; the longer the private parts, the fewer they are."""
+    few = plan(LLAMA, 256, 32768, 64, 256 * 64)
+    many = plan(LLAMA, 256, 32768, 2048, 256 * 2048)
+    assert many.left > few.left
+    for work in (few, many):
+        assert work.tile_rows == 128
+        assert work.programs + work.left == LIMITS.sms
+        items = len(work.items) * LLAMA.kv_heads
+        rounds = -(-items // work.programs)
+        assert rounds * work.programs - items < rounds
+    # Without private keys to read meanwhile, or where memory decides, all SMs share.
+    assert plan(LLAMA, 256, 32768, 64, 0).left == 0
+    assert plan(AttentionSpec(32, 32, 128, 64), 8, 1 << 17, 1024, 8 * 1024).left == 0
 
 
 def test_tiles_grow_with_the_rows() -> None:

@@ -22,9 +22,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """Kernels by what they are compiled for; nothing is run."""
     found: set[Any] = set()
 
-    def attend(spec: Any, tile: Any, *args: Any, shared: bool, beside: bool, **_: Any) -> None:
+    def attend(
+        spec: Any, tile: Any, *args: Any, shared: bool, beside: bool, late: bool, **_: Any
+    ) -> None:
+        late = late and not tile.wide  # Those have no such form.
         stride = args[1].table.stride(0)
-        found.add(("attend", tile.rows, shared, beside, stride % 16 == 0))
+        found.add(("attend", tile.rows, shared, beside, late, stride % 16 == 0))
 
     def merge(spec: Any, x: Any, *_: Any, shared: bool, early: bool) -> None:
         constants = merge_constants(spec, len(x.q), shared=shared, early=early)
@@ -52,11 +55,12 @@ def test_every_kernel_of_later_batches_is_compiled(launched: set[Any]) -> None:
     warm_up(kernels, cache, cache)
     warm = set(launched)
     kernels.gate = None
+    heights = set()
     for new in ([1], [1] * 2, [1] * 5, [1] * 16, [1] * 64, [4] * 3, [9] * 16, [700, 1], [5000, 2]):
-        for shared in (False, True):
+        for shared in (0, 64, 16384):
             launched.clear()
-            total = [64 + tokens for tokens in new]
-            groups = [SharedPrefix(0, 64, range(len(new)))] if shared and len(new) > 1 else []
+            total = [(shared or 64) + tokens for tokens in new]
+            groups = [SharedPrefix(0, shared, range(len(new)))] if shared and len(new) > 1 else []
             batch = random_batch(SPEC, new, total, groups, poison=False)
             kernels.update(new, total, groups)
             kernels.schedule(batch.lengths)
@@ -64,6 +68,8 @@ def test_every_kernel_of_later_batches_is_compiled(launched: set[Any]) -> None:
             kernels.run(*args, torch.empty_like(batch.q))
             assert launched, "nothing ran"
             assert launched <= warm, (new, shared)
+            heights.add(kernels.variant.shared)
+    assert heights == {0, 64, 128}
 
 
 def test_the_attention_is_as_before() -> None:

@@ -90,6 +90,7 @@ def attend(
     BD: tl.constexpr,
     EARLY: tl.constexpr,
     BESIDE: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """Attention of packed query rows over a chunk of keys: one (item, KV head) at a time.
 
@@ -99,19 +100,30 @@ def attend(
 
     Each program begins with the item of its number. Where there are more, `taken` counts those that
     programs took after it; `merge` sets it back. So programs that start late, beside those of the
-    other kernel, find the work that is left.
+    other kernel, find the work that is left. SHARED: `sizes` also says how many programs work; the
+    others leave room.
 
     EARLY: the next kernel of the layer may start now; it waits for this one where it has to.
     BESIDE: this one may run beside the kernel before it, and ends after it.
+    LATE: so many programs start only when that one has ended that all items are taken, the first too.
     """
     if EARLY:
         gdc_launch_dependents()
     d = tl.arange(0, BD)
     programs = tl.num_programs(0)
-    index = tl.program_id(0)
-    # The first item is read before it is known to be one: the list has room for it.
-    owner, lo, hi, end, q_first, q_len, tile, part = _item(items, index // KV_HEADS)
     todo = tl.load(sizes) * KV_HEADS
+    if LATE:
+        programs = 0
+        index = tl.atomic_add(taken, 1, sem="relaxed")
+        first = tl.where(index < todo, index // KV_HEADS, 0)
+    else:
+        index = tl.program_id(0)
+        # The first item is read before it is known to be one: the list has room for it.
+        first = index // KV_HEADS
+    owner, lo, hi, end, q_first, q_len, tile, part = _item(items, first)
+    if SHARED:
+        programs = tl.load(sizes + 1)
+        index = tl.where(index < programs, index, todo)
     while index < todo:
         # Heads lie side by side in a page: neighbours in the grid read neighbouring bytes.
         head = index % KV_HEADS

@@ -10,11 +10,11 @@ __all__ = ["schedule"]
 
 
 @triton.jit
-def _makespan(work, items, size, GRID: tl.constexpr, ITEM_COST: tl.constexpr):
+def _makespan(work, items, size, grid, ITEM_COST: tl.constexpr):
     """See `worklist.makespan`."""
     one = (size + ITEM_COST) * 1.0
-    many = (work + items.to(tl.float32) * ITEM_COST) / GRID + one * 0.5
-    return tl.maximum(one, tl.minimum(tl.cdiv(items, GRID) * one, many))
+    many = (work + items.to(tl.float32) * ITEM_COST) / grid + one * 0.5
+    return tl.maximum(one, tl.minimum(tl.cdiv(items, grid) * one, many))
 
 
 @triton.jit(do_not_specialize=["batch", "item_cap", "part_cap"])
@@ -32,7 +32,6 @@ def schedule(
     batch,
     item_cap,
     part_cap,
-    GRID: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -64,6 +63,7 @@ def schedule(
         oldest = tl.maximum(kv_len - q_len - WINDOW + 1, 0)
         first = tl.maximum(first, oldest // BLOCK * BLOCK)
     taken = tl.load(part_base)
+    grid = tl.load(part_base + 1)
     length = tl.where((kv_len > 0) & (q_len > 0), tl.maximum(kv_len - first, 0), 0)
     tiles = (q_len * GROUP + BM - 1) // BM
     longest = tl.max(length, 0)
@@ -72,7 +72,7 @@ def schedule(
     chunk = tl.maximum(longest, 1)
     items = tl.sum(tl.where(length > 0, tiles, 0), 0) * KV_HEADS
     work = tl.sum(tiles.to(tl.float32) * length, 0) * KV_HEADS
-    best = _makespan(work, items, chunk, GRID, ITEM_COST)
+    best = _makespan(work, items, chunk, grid, ITEM_COST)
     merged = tl.sum(tl.where((shared > 0) & (length > 0), q_len * GROUP, 0), 0) * KV_HEADS
     best += merged.to(tl.float32) * PART_COST
     # Where nothing is merged yet, a cut means that something is.
@@ -83,7 +83,7 @@ def schedule(
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
-        cost = _makespan(work, items * KV_HEADS, size, GRID, ITEM_COST)
+        cost = _makespan(work, items * KV_HEADS, size, grid, ITEM_COST)
         cost += extra + SLOT_COST * tl.max(cuts, 0)
         cost += (parts - taken).to(tl.float32) * (KV_HEADS * PART_COST)
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)

@@ -15,7 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sagellm_ir.runtime.accel.kernels.common import NEG_INF
-from sagellm_ir.runtime.accel.kernels.wide_copies import PAGE, SPAN, bounds, held, item, produce
+from sagellm_ir.runtime.accel.kernels.wide_copies import (
+    PAGE,
+    SPAN,
+    bounds,
+    held,
+    item,
+    produce,
+    turns,
+)
 
 __all__ = ["attend_wide"]
 
@@ -83,8 +91,7 @@ def _consume(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_tile = q_tiles.index(WHICH)
     none = gl.zeros([64, BN], gl.float32, S)
-    index = gl.program_id(0)
-    todo = gl.load(sizes) * KV_HEADS
+    index, programs, todo = turns(sizes, SHARED, KV_HEADS)
     turn = 0
     while index < todo:
         _owner, lo, hi, end, q_first, q_len, tile, part = item(items, index // KV_HEADS)
@@ -180,7 +187,7 @@ def _consume(
             else:
                 gl.store(lse_at, lse, mask=live)
                 gl.store(part_at, o, mask=live[:, None])
-        index += gl.num_programs(0)
+        index += programs
 
 
 # Tables of any width: one binary, not one for multiples of 16 and another for the rest.
@@ -217,7 +224,7 @@ def attend_wide(
 
     The caches come as descriptors of boxes of `PAGE` rows and `SPAN` columns of one page and head.
 
-    Items are dealt: program `i` takes every `num_programs`-th from the `i`-th on.
+    Items are dealt, see `turns`.
     """
     if EARLY:
         gdc_launch_dependents()

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sagellm_ir.runtime.accel.kernels.common import ITEM_FIELDS
 
-__all__ = ["PAGE", "SPAN", "bounds", "held", "item", "produce"]
+__all__ = ["PAGE", "SPAN", "bounds", "held", "item", "produce", "turns"]
 
 PAGE = gl.constexpr(64)
 """Tokens of a page, and rows of a box that the copy engine fetches."""
@@ -28,6 +28,25 @@ def item(items, index):
     tile = gl.load(at + 6)
     part = gl.load(at + 7)
     return owner, lo, hi, end, q_first, q_len, tile, part
+
+
+@gluon.jit
+def turns(sizes, SHARED: gl.constexpr, KV_HEADS: gl.constexpr):
+    """A program's first (item, head), how far its next ones are apart, and where they end.
+
+    SHARED: `sizes` says how many programs work. They are spread over the device; the others leave
+    their SMs to the private kernel.
+    """
+    todo = gl.load(sizes) * KV_HEADS
+    index = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if SHARED:
+        working = gl.load(sizes + 1)
+        before = index * working // programs
+        works = (index + 1) * working // programs > before
+        index = gl.where(works, before, todo)
+        programs = working
+    return index, programs, todo
 
 
 @gluon.jit
@@ -114,8 +133,7 @@ def produce(
     `j - 1`: those of tile `j - 2` are done with as soon as it has its scores, and it says so then.
     """
     keys, values, done, table, items, sizes, table_stride = inputs
-    index = gl.program_id(0)
-    todo = gl.load(sizes) * KV_HEADS
+    index, programs, todo = turns(sizes, SHARED, KV_HEADS)
     turn = 0
     while index < todo:
         owner, lo, hi, end, _first, q_len, tile, _part = item(items, index // KV_HEADS)
@@ -135,4 +153,4 @@ def produce(
             newer = _pages(pages_of, gl.maximum(at - BN, lo), hi)
         turn += count
         _copy(turn - 1, values, done, head, older, at, hi, 2, BN, D, STAGES)
-        index += gl.num_programs(0)
+        index += programs

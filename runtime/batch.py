@@ -80,8 +80,14 @@ class Batch:
 
     def loops(self) -> int:
         """Forwards of a step of decodes alone."""
-        bound = max if self._outlast else min
-        return min(self._target.max_loops, bound(self._ends.values()) - self._forwards)
+        most, ends = self._target.max_loops, self._ends.values()
+        if not self._outlast:
+            return min(most, min(ends) - self._forwards)
+        whole = self._forwards + most
+        # The rows that came last are the likeliest to go on for so long.
+        if any(end >= whole for end in reversed(ends)):
+            return most
+        return max(ends) - self._forwards
 
     def run(self, loops: int) -> dict[str, int]:
         """All rows advance; those that have their planned tokens leave.

@@ -1,7 +1,7 @@
 """Rows of a step that share a prefix, side by side, so that a kernel reads the prefix once for all."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import is_
 from typing import Any
 
@@ -29,7 +29,11 @@ class RowOrder:
     def forget(self) -> None:
         """Blocks were given out anew."""
         self._agreed.clear()
-        self._last = ([], None)
+        self.release()
+
+    def release(self) -> None:
+        """Hold no sequence any more: some have gone, and should not be freed in a decision."""
+        self._last, self._found = ([], None), ([], [])
 
     def of(self, step: PlanStep, names: Sequence[str], rows: Sequence[Any]) -> Grouped:
         """The order of a step's rows; see `group_rows`."""
@@ -65,21 +69,24 @@ def group_rows(here: Mapping[str, Any], groups: Iterable[PrefixGroup], agreed: A
         if all(_blocks(here[name], group) == blocks for name in members if name not in known):
             agreed[key] = set(members)
             kept.append((group, members))
-    order = _by_group(here, kept)
-    row = {name: at for at, name in enumerate(order)} if kept else {}
+    if not kept:
+        return [*here.values()], []
+    if any(group.start for group, _ in kept):
+        order = _nested(here, kept)
+        row = {name: at for at, name in enumerate(order)}
+        firsts = [min([row[name] for name in members]) for _, members in kept]
+    else:  # none is inside another
+        order = list(dict.fromkeys(chain(*[members for _, members in kept], here)))
+        firsts = list(accumulate([len(members) for _, members in kept[:-1]], initial=0))
     table = [
-        (group.start, group.stop, min([row[name] for name in members]), len(members))
-        for group, members in kept
+        (group.start, group.stop, first, len(members))
+        for (group, members), first in zip(kept, firsts, strict=True)
     ]
-    return [here[name] for name in order], table
+    return list(map(here.__getitem__, order)), table
 
 
-def _by_group(
-    here: Mapping[str, Any], kept: Sequence[tuple[PrefixGroup, list[str]]]
-) -> Iterable[str]:
+def _nested(here: Mapping[str, Any], kept: Sequence[tuple[PrefixGroup, list[str]]]) -> list[str]:
     """The rows, those of each group next to each other. Groups are a forest, outermost first."""
-    if not any(group.start for group, _ in kept):  # none is inside another
-        return dict.fromkeys(chain(*[members for _, members in kept], here))
     places: dict[str, list[int]] = {name: [] for name in here}
     for place, (_, members) in enumerate(kept):
         for name in members:

@@ -8,6 +8,7 @@ matching it block by block.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class _Prompt:
     start: int
     """Where `nodes` begin."""
     nodes: list[Any]
-    """Of the full blocks from `start` on, to be put into the trie."""
+    """Of the full blocks from `start` on, to be put into the trie; each below the one before it."""
     node: Any
     """How far the trie holds it at least."""
     blocks: Any
@@ -128,18 +129,20 @@ class Prefixes:
         blocks = table._blocks[first // size : stop // size]
         if not node.children:
             trie.leaves.discard(node)
-        count = 0
-        for child, block in zip(nodes, blocks.tolist(), strict=True):
-            if child.hash_key in node.children:
-                break
-            child.block, child.parent = block, node
-            node, count = child, count + 1
+        kept = blocks.tolist() if nodes[0].hash_key not in node.children else []
+        if kept:  # below a new node there are none but those of this prompt
+            for child, block in zip(nodes, kept, strict=True):
+                child.block = block
+                if child._parent is not node:
+                    child.parent = node
+                node = child
+            for later in [*node.children.values()]:  # of what this chunk does not compute
+                later.parent = None
+            trie.allocator._log_mem.ref_count[blocks] += 1
         table.last_shared_node = node
         if node.parent is not None and not node.children:
             trie.leaves.add(node)
-        kept = blocks[:count]
-        trie.allocator._log_mem.ref_count[kept] += 1
-        hook.after_store(seq, kept.tolist(), ())
+        hook.after_store(seq, kept, ())
         self._remember(seq, prompt, node)
 
     def _prompt(self, seq: Any) -> _Prompt:
@@ -174,6 +177,8 @@ class Prefixes:
             Node(_key(numbers[at : at + size]), -1, rest[at : at + size], prompt.start + at + size)
             for at in range(0, len(rest) - size + 1, size)
         ]
+        for above, node in pairwise(prompt.nodes):
+            node.parent = above
         return prompt
 
     def _follow(self, seq: Any, prompt: _Prompt) -> None:
@@ -193,18 +198,24 @@ class Prefixes:
             prompt.node, prompt.blocks = node, trail.blocks[: common // size]
 
     def _remember(self, seq: Any, prompt: _Prompt, node: Any) -> None:
-        """A prompt was stored up to a node."""
+        """A prompt was stored up to a node. Of two ways with one start the longer one is kept."""
         at, size = node.num_matched, self._size
         if at + size > prompt.known:
             self.forget(seq)
-        if node.parent is not None:
+        if node.parent is None:
+            return
+        trail = self._trails.pop(prompt.first, None)
+        if (
+            trail is None
+            or trail.node.parent is None
+            or trail.node.num_matched < at
+            or trail.adapter != seq.adapter_name
+        ):
             blocks = seq.logical_blocks._blocks[: at // size].copy()
-            self._trails.pop(prompt.first, None)
-            self._trails[prompt.first] = _Trail(
-                seq.adapter_name, seq.history_cache._token_ids, node, blocks
-            )
-            if len(self._trails) > _TRAILS:
-                del self._trails[next(iter(self._trails))]
+            trail = _Trail(seq.adapter_name, seq.history_cache._token_ids, node, blocks)
+        self._trails[prompt.first] = trail
+        if len(self._trails) > _TRAILS:
+            del self._trails[next(iter(self._trails))]
 
 
 def _is_equal(node: Any, other: Any) -> bool:

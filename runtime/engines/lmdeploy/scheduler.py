@@ -221,6 +221,8 @@ class PlanDriver:
         self._checks.seen.update([seen.id for seen in come])
         for seen in gone:
             self.admission.prefixes.forget(seen.seq)
+        if gone:
+            self._order.release()
 
     def _forward_done(self) -> None:
         """Tokens of a forward have come: let the source see who has ended, while the next one runs.

@@ -6,14 +6,12 @@ logged and dropped, and LMDeploy's own rules schedule instead; so no plan can lo
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from attrs import asdict, define
-from lmdeploy.messages import RequestMetrics, ResponseType
 from lmdeploy.pytorch.messages import MessageStatus
 from lmdeploy.pytorch.paging.scheduler import SchedulerOutput
 
@@ -27,6 +25,12 @@ from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
+from sagellm_ir.runtime.engines.lmdeploy.stock import (
+    answer_aborted,
+    check_engine,
+    output_of,
+    schedule_stock,
+)
 from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.trace import Trace
 
@@ -71,7 +75,7 @@ class PlanDriver:
         overlap: bool = False,
         hold: bool = False,
     ) -> None:
-        _check(engine)
+        check_engine(engine)
         self.engine = engine
         self.scheduler = engine.scheduler
         self.source = source
@@ -179,13 +183,13 @@ class PlanDriver:
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         """The next step. Empty while it must wait for the one in flight."""
         if self._is_in_flight() and self._ready is None:
-            return _output([])
+            return output_of([])
         output = self._planned(is_prefill, prealloc_size) if self._todo else None
         if output is None:
-            output = _output([]) if self.hold else self._stock(is_prefill, prealloc_size)
+            output = output_of([]) if self.hold else self._stock(is_prefill, prealloc_size)
             output.prefix_groups = BatchRows.of(output.running, is_prefill)
             self.unplanned += bool(output.running)
-        self._answer_aborted()
+        answer_aborted(self.engine)
         self._count(output, is_prefill)
         if self.trace is not None and output.running:
             record(self.trace, self.requests.names, self.kv.blocks, output, is_prefill)
@@ -270,7 +274,7 @@ class PlanDriver:
             self._todo.popleft()
             return self._run(step, plain, is_prefill)
         if step is not self._ready and self._checks.must_wait(step):
-            return _output([])
+            return output_of([])
         if is_prefill != bool(step.prefill):
             # A planned prefill admitted nobody, and the engine asks for a decode instead.
             self._todo.popleft()
@@ -310,49 +314,11 @@ class PlanDriver:
             admission.evicted = False
             self._order.forget()
         ordered, groups = self._order.of(step, names, ran)
-        output = _output(ordered, *self.kv.blocks.take_swaps())
+        output = output_of(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
         output.prefix_groups = BatchRows.of(ordered, is_prefill, groups)
         return output
 
-    # LMDeploy's own rules.
-
     def _stock(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         self.admission.evicted = True
-        for seq in self.scheduler.waiting if is_prefill else self.scheduler.running:
-            if not self.kv.make_resident(seq):
-                self.kv.release(seq)
-        if not is_prefill and not self.scheduler.has_running():
-            return _output([])  # stock asserts that there is one
-        return self.scheduler.schedule_stock(is_prefill, prealloc_size)
-
-    def _answer_aborted(self) -> None:
-        """End the answer of a sequence that LMDeploy gave up (B6); stock leaves its client waiting.
-
-        With what it has so far, as at a length limit: an error could be overwritten by a response
-        that is still queued, a finish cannot.
-        """
-        for seq in list(self.scheduler.seq_manager.get_sequences(MessageStatus.ABORTED).values()):
-            seq.status = MessageStatus.STOPPED
-            logger.warning("session %d outgrew the KV pool: answer ended", seq.session_id)
-            data = {"token_ids": seq.generated_ids, "logits": None}
-            data["req_metrics"] = RequestMetrics(time.time(), seq.engine_events)
-            data["logprobs"] = (seq.resp.data or {}).get("logprobs")
-            self.engine._response(seq.resp, ResponseType.FINISH, data=data)
-
-
-def _check(engine: Any) -> None:
-    if engine.dist_config.dp > 1:
-        raise ValueError("plans cannot drive an engine with data parallelism: its ranks alternate")
-    if engine.specdecode_config is not None:
-        raise ValueError("plans cannot drive speculative decoding")
-    if engine.scheduler.is_ssm:
-        raise ValueError("plans cannot drive state-space models: their prefixes cannot be shared")
-
-
-def _output(
-    running: list[Any],
-    swap_in: dict[int, int] | None = None,
-    swap_out: dict[int, int] | None = None,
-) -> SchedulerOutput:
-    return SchedulerOutput(running, swap_in or {}, swap_out or {}, {})
+        return schedule_stock(self.kv, is_prefill, prealloc_size)

@@ -3,11 +3,23 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
-from tests.lmdeploy.cpu import BLOCK, ask, engine, oracle, run
+from tests.lmdeploy.cpu import (
+    BLOCK,
+    add,
+    ask,
+    engine,
+    next_turn,
+    oracle,
+    run,
+    scheduler,
+    stop,
+)
 
 SHARED = list(range(100, 100 + 8 * BLOCK))
 LOOPS = 16
@@ -140,3 +152,23 @@ def test_prefills_are_decided_while_decodes_run_and_compiled_between_decisions()
     assert len(beside) > 4
     assert not beside[0]
     assert all(beside[1:])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_another_turn_is_seen_though_as_many_wait_as_before(number: int) -> None:
+    sched = scheduler()
+    requests = NamedSequences(sched, Names())
+    news = requests.follow()
+    seqs = [add(sched, session + 1, [7] * 5) for session in range(3)]
+    requests.refresh()
+    news.take()
+    seq = seqs[number]
+    old = requests.live[seq.seq_id].id
+    stop(seq)
+    next_turn(seq, [8] * 4)
+    requests.refresh()
+    come, gone = news.take()
+    assert ([seen.seq for seen in come], [seen.id for seen in gone]) == ([seq], [old])
+    assert requests.found == {requests.names.request(seq): seq for seq in seqs}
+    requests.refresh()
+    assert news.take() == ([], [])

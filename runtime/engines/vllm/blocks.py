@@ -5,7 +5,7 @@ vLLM's `b + NULL_BLOCKS`, and a pool of `n` blocks is one of `n + NULL_BLOCKS` t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import Bind, KVFree, KVMove
@@ -50,6 +50,8 @@ class BlockLedger:
         self._bound: dict[str, list[int]] = {}
         """The numbers that a request's blocks had when they were bound."""
         self._fills = 0
+        self._found: dict[str, tuple[int, CachedPrefix | None]] = {}
+        """What `cached` found for so many full blocks of a request, while no block was freed."""
 
     def bind(self, bind: Bind) -> None:
         """Point a request's table at blocks.
@@ -66,6 +68,7 @@ class BlockLedger:
                     f"{len(table)} blocks: a table has no holes"
                 )
             )
+        self._found.pop(bind.request, None)
         stop = bind.at + len(bind.blocks)
         old = table[bind.at : stop]
         if old != list(bind.blocks[: len(old)]):
@@ -104,6 +107,7 @@ class BlockLedger:
             SageIRError: an unknown tier, or a block out of range.
         """
         self._check(free.tier, free.blocks)
+        self._found.clear()
         for block in free.blocks:
             self._held[free.tier].pop(block, None)
 
@@ -130,6 +134,7 @@ class BlockLedger:
         self.tables.pop(request, None)
         self.changed.discard(request)
         self._bound.pop(request, None)
+        self._found.pop(request, None)
 
     def free_blocks(self) -> dict[tuple[str, str], int]:
         """Blocks that hold nothing, by (worker, tier)."""
@@ -140,14 +145,17 @@ class BlockLedger:
 
     def cached(self, request: str, tokens: int) -> CachedPrefix | None:
         """The request's first full blocks that still hold the KV of its first `tokens` tokens."""
-        kept = []
+        full = tokens // self.block_size
+        if request not in self._found or self._found[request][0] != full:
+            self._found[request] = full, self._cached(request, full)
+        return self._found[request][1]
+
+    def _cached(self, request: str, full: int) -> CachedPrefix | None:
         held = self._held[DEVICE]
         pairs = zip(self.tables.get(request, ()), self._bound.get(request, ()), strict=True)
-        for block, number in islice(pairs, tokens // self.block_size):
-            if held.get(block) != number:
-                break
-            kept.append(block)
-        return CachedPrefix(request, DEVICE, self.worker, tuple(kept)) if kept else None
+        still = takewhile(lambda pair: held.get(pair[0]) == pair[1], islice(pairs, full))
+        kept = tuple(block for block, _ in still)
+        return CachedPrefix(request, DEVICE, self.worker, kept) if kept else None
 
     def _hold(self, tier: str, blocks: Sequence[int]) -> None:
         held = self._held[tier]

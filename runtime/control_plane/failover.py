@@ -77,8 +77,17 @@ async def _watched(
             except StopAsyncIteration:
                 return
     finally:
-        if upcoming is not None and not upcoming.done():
-            upcoming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, EngineLost):
-                await upcoming
-        await pieces.aclose()
+        # In a task of its own, which is not cancelled: who cancels this one may do so again and again
+        # (anyio's scopes do), and a connection that is half closed keeps its engine at work.
+        await asyncio.wait({asyncio.ensure_future(_close(pieces, upcoming))})
+
+
+async def _close(
+    pieces: AsyncGenerator[Piece, None], upcoming: "asyncio.Future[Piece] | None"
+) -> None:
+    """End a stream whose next piece may be on its way."""
+    if upcoming is not None and not upcoming.done():
+        upcoming.cancel()
+        with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, EngineLost):
+            await upcoming
+    await pieces.aclose()

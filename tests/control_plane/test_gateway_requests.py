@@ -1,6 +1,7 @@
 """Requests through gateways: where they go, what is passed on, and that none is lost."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -14,18 +15,20 @@ from sagellm_ir.runtime.control_plane.attach import Attachment, EngineRecord
 from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
 from sagellm_ir.runtime.control_plane.fleet import Fleet
 from sagellm_ir.runtime.control_plane.gateway import create_gateway
+from sagellm_ir.runtime.engines.embedded import EmbeddedEngine
 from tests.control_plane.cable import Cable
 from tests.control_plane.gateways import (
     BOTH,
     NEW,
     QUESTION,
+    Gateway,
     attached,
     engine,
     own,
     run,
     serve,
 )
-from tests.control_plane.tiny_fleet import MODEL, ask, chat, expected
+from tests.control_plane.tiny_fleet import MODEL, ask, chat, eventually, expected
 
 
 @BOTH
@@ -207,5 +210,45 @@ def test_preferred_accelerators_first(gateway: Callable[[], Any]) -> None:
                 body = {"model": MODEL, "prompt": f"{number}", "max_tokens": 2}
                 assert (await at.http.post("/v1/completions", json=body)).is_success
             assert simulated.load().finished == 3
+
+    run(test)
+
+
+@BOTH
+def test_a_client_that_left_is_no_work_for_an_engine(
+    gateway: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever time it leaves; each answer would take three seconds."""
+    step = EmbeddedEngine.step
+
+    def slow(self: EmbeddedEngine, *args: Any) -> Any:
+        time.sleep(0.01)
+        return step(self, *args)
+
+    monkeypatch.setattr(EmbeddedEngine, "step", slow)
+
+    async def leave(at: Gateway, after: int) -> None:
+        body = {
+            "model": MODEL,
+            "stream": True,
+            "max_tokens": 300,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }
+        async with at.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+            async for _ in reply.aiter_lines():
+                if not (after := after - 1):
+                    return
+
+    async def test() -> None:
+        async with gateway() as at, engine("a") as (made, port), attached(at, "a", port):
+            for after in range(3, 9):
+                await leave(at, after)
+
+            async def idle() -> bool:
+                return not made.load().running
+
+            await eventually(idle)
+            load = made.load()
+            assert (load.finished, load.aborted) == (0, 6)
 
     run(test)

@@ -84,7 +84,7 @@ class PlanScheduler(BareScheduler):
         """Plan names by vLLM's request id."""
         self._max_len: int = vllm_config.model_config.max_model_len
         self.moves: list[KVMove] = []
-        """Moves that are not yet reported (see `VLLMBackendAdapter.trace`)."""
+        """Moves that an adapter has not yet reported (see `VLLMBackendAdapter.trace`)."""
         self.ran: list[Row] = []
         """The rows of the last forward."""
         self._given: PlanStep | None = None
@@ -246,7 +246,8 @@ class PlanScheduler(BareScheduler):
                 src = to_engine(item.src) if item.from_tier == DEVICE else item.src
                 dst = to_engine(item.dst) if item.to_tier == DEVICE else item.dst
                 self._copies.append(Copy(item.from_tier, item.to_tier, src, dst))
-                self.moves.append(item)
+                if self.driven:
+                    self.moves.append(item)
             else:
                 self.ledger.free(item)
         for bind in step.binds:

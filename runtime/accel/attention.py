@@ -136,6 +136,8 @@ class PrefixAttention:
         q_lens: Sequence[int] | Ints,
         kv_lens: Sequence[int] | Ints,
         groups: Sequence[SharedPrefix] = (),
+        *,
+        tile: int = 0,
     ) -> Variant:
         """Describe a batch.
 
@@ -145,6 +147,8 @@ class PrefixAttention:
             kv_lens: `[batch]` tokens of each sequence in the cache, the new ones included; 0 for a
                 padding row.
             groups: what the sequences share, see `SharedPrefix`.
+            tile: rows of the shared kernel's tiles where a CUDA graph is to serve every batch of as
+                many sequences: it is launched then even if nothing is shared. 0: as is best.
 
         Returns:
             The kernels that `run` will launch.
@@ -156,12 +160,15 @@ class PrefixAttention:
         new, total = np.asarray(q_lens, np.int32), np.asarray(kv_lens, np.int32)
         self._check(new, total)
         most = int(new.max(initial=1))
-        forest = plan_forest(self.spec, groups, new, total, self.gate)
+        gate = self.gate or Gate()
+        if tile:
+            gate = gate.of_height(tile)
+        forest = plan_forest(self.spec, groups, new, total, gate if self.gate else None)
         starts = np.zeros(len(new) + 1, np.int32)
         np.cumsum(new, out=starts[1:])
         private = tile_for(self.spec, most * self.spec.group)
         alone = 0 if private.wide else int((total - forest.private).sum())
-        work = plan_shared(self.spec, forest, starts, self.gate or Gate(), self._limits, alone)
+        work = plan_shared(self.spec, forest, starts, gate, self._limits, alone)
         nothing = np.zeros(0 if work else len(new), np.int32)
         one_each = int(starts[-1]) == len(new) and most == 1
         sequences = np.arange(len(new), dtype=np.int32)
@@ -184,9 +191,10 @@ class PrefixAttention:
             meta.write("where", work.where)
             meta.upload("where", len(work.where))
         else:
-            meta.upload("row_seq", int(starts[-1]))
+            meta.write("sizes", np.zeros(2, np.int32))
+            meta.upload("sizes" if tile else "row_seq", None if tile else int(starts[-1]))
         self._batch, self._rows = len(new), int(starts[-1])
-        self.variant = Variant(private.rows, work.tile_rows if work else 0)
+        self.variant = Variant(private.rows, work.tile_rows if work else tile)
         return self.variant
 
     def poison(self) -> None:

@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import asdict, frozen
 
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
 
 if TYPE_CHECKING:
     from sagellm_ir.runtime.accel.spec import AttentionSpec
 
-__all__ = ["Gate", "ceil_div"]
+__all__ = ["Fixed", "Gate", "ceil_div"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -78,6 +78,10 @@ class Gate:
         """The tile heights to choose from."""
         return tile_heights(spec)
 
+    def of_height(self, rows: int) -> "Gate":
+        """This gate, with tiles of one height."""
+        return Fixed(**asdict(self), rows=rows)
+
     def tile_rows(self, spec: "AttentionSpec", nodes: Sequence[tuple[int, int]]) -> int:
         """The tile height with the least time for (queries, tokens) nodes; the smallest of equals."""
         best, least = 0, math.inf
@@ -112,3 +116,14 @@ class Gate:
         traffic /= _READS.get(rows, 1.0)
         flops = 4.0 * tiles * rows * spec.kv_heads * spec.head_dim * tokens
         return max(traffic, flops / (self.flops * _RATES.get(rows, 1.0)))
+
+
+@frozen
+class Fixed(Gate):
+    """A gate that has tiles of one height."""
+
+    rows: int = 0
+
+    def heights(self, spec: "AttentionSpec") -> tuple[int, ...]:
+        """That one."""
+        return (self.rows,)

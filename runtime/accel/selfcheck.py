@@ -105,15 +105,15 @@ def _tables(
     return table, pages
 
 
-def largest_error(attention: PrefixAttention, batch: Batch) -> float:
+def largest_error(attention: PrefixAttention, batch: Batch, *, tile: int = 0) -> float:
     """Run a batch on poisoned outputs and partials; the largest `|x - y| / (1 + |y|)`, `y` the
     reference in float64.
 
-    NaN if anything was left out or read that should not have been.
+    NaN if anything was left out or read that should not have been. `tile`: see `update`.
     """
     out = torch.full_like(batch.q, math.nan)
     attention.poison()
-    attention.update(batch.q_lens, batch.kv_lens, batch.groups)
+    attention.update(batch.q_lens, batch.kv_lens, batch.groups, tile=tile)
     attention.schedule(batch.lengths)
     attention.run(
         *(batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.lengths, out),

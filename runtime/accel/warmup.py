@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sagellm_ir.runtime.accel.attention import PrefixAttention
 from sagellm_ir.runtime.accel.forest import SharedPrefix
-from sagellm_ir.runtime.accel.gate import Gate
+from sagellm_ir.runtime.accel.gate import Fixed
 from sagellm_ir.runtime.accel.launch import rows_of_merge
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 from sagellm_ir.runtime.accel.tiles import tile_heights
@@ -71,13 +71,8 @@ def warm_up(
 
 
 @frozen
-class _Only(Gate):
-    """Packs all groups, in tiles of one height."""
-
-    rows: int = 0
-
-    def heights(self, spec: AttentionSpec) -> tuple[int, ...]:
-        return (self.rows,)
+class _Only(Fixed):
+    """Packs all groups."""
 
     def saved(self, *_: object) -> float:
         return math.inf

@@ -218,7 +218,7 @@ def _cut(
         if best is not None:
             if best.seconds < seconds:
                 return largest, best.chunk, best.programs
-            tile = tile_for(spec, rows)
+            tile = tile_for(spec, rows) if rows else tile
     pieces = _pieces(spec, tile, nodes, all_queries, limits)
     if not pieces.fits.any():
         return None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import sagellm_ir.runtime.accel.attention as attention_module
 from sagellm_ir.runtime.accel.attention import PrefixAttention, Variant
 from sagellm_ir.runtime.accel.forest import SharedPrefix
+from sagellm_ir.runtime.accel.gate import Gate
 from sagellm_ir.runtime.accel.selfcheck import largest_error, random_batch, tolerance
 from sagellm_ir.runtime.accel.spec import AttentionSpec
 
@@ -106,6 +107,27 @@ def test_pages_need_not_be_contiguous_in_the_cache() -> None:
     plain = torch.empty_like(batch.q)
     kernels.run(batch.q, *(batch.k_cache, batch.v_cache), batch.block_table, batch.lengths, plain)
     assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize("gate", [None, Gate(launch=0.0, node=0.0, slot=0.0)])
+def test_batches_of_one_cuda_graph(tile: int, gate: Gate | None) -> None:
+    """The same kernels serve what is shared by all, by some, by none, and padding."""
+    spec = AttentionSpec(8, 1, 128, 64, HALF)
+    kernels = attention(spec)
+    kernels.gate = gate
+    both = SharedPrefix(0, 128, (0, 1, 2)), SharedPrefix(128, 192, (0, 2))
+    cases: list[tuple[list[int], Sequence[SharedPrefix]]] = [
+        ([210, 131, 200, 140], both),
+        ([210, 131, 200, 140], ()),
+        ([70, 300, 1, 64], [SharedPrefix(0, 64, (0, 1))]),
+        ([70, 130, 0, 0], [SharedPrefix(0, 64, (0, 1))]),
+        ([70, 130, 0, 0], ()),
+    ]
+    for kv_lens, groups in cases:
+        batch = random_batch(spec, [1] * 4, kv_lens, groups)
+        assert largest_error(kernels, batch, tile=tile) < tolerance(spec)
+        assert kernels.variant == Variant(16, tile)
 
 
 def test_without_groups_only_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """Default vLLM beside vLLM driven by plans: one machine, one run, taking turns.
 
 Each side is a process of its own, with the same weights, prompts, pool, budgets and driver; they differ in
-the scheduler. Default vLLM has its prefix caching on. Only one of them works at a time. A third side on
-request (`--served`): plans by our engine (`SageLLMEngine`), as our server has them, instead of by vLLM's
-own entry point; its sessions are coroutines beside the engine's thread.
+the scheduler. Default vLLM has its prefix caching on. Only one of them works at a time. On request
+(`--sides`): `served`, plans by our engine (`SageLLMEngine`), as our server has them, instead of by vLLM's
+own entry point, its sessions coroutines beside the engine's thread; and `plans without kernels`, on a
+GPU, with vLLM's own attention.
 
     OMP_WAIT_POLICY=PASSIVE build/vllm/0.32.0/bin/python benchmarks/vllm.py --json out.json
 
@@ -34,7 +35,7 @@ from vllm_workloads import WORKLOADS
 from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 
-SIDES = ("default", "plans", "served")
+SIDES = ("default", "plans", "served", "plans without kernels")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
@@ -164,7 +165,7 @@ def workers(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Side]]
     }
     with ExitStack() as stack:
         sides = {}
-        for name in SIDES if args.served else SIDES[:2]:
+        for name in args.sides:
             sides[name] = Side({**task, "side": name})
             stack.callback(sides[name].close)
         yield sides
@@ -243,7 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="of a forward")
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward")
     parser.add_argument("--scale", type=int, default=1, help="multiplies lengths")
-    parser.add_argument("--served", action="store_true", help="plans by our engine, too")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]))
     parser.add_argument("--rounds", type=int, default=3, help="with new prompts each")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

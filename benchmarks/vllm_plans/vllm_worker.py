@@ -21,13 +21,14 @@ from vllm_workloads import Session, make
 from sagellm_ir.presets import load_target
 from sagellm_ir.request import Request, TokenPrompt
 from sagellm_ir.runtime import SageLLMEngine
+from sagellm_ir.runtime.accel import AccelConfig
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.answers import StreamDelta
 from sagellm_ir.runtime.engines.vllm.engine import VLLMBackendAdapter
 from sagellm_ir.runtime.engines.vllm.load import _environment, engine_settings
 from sagellm_ir.target import Target
 
-PLANNED = ("scheduler_cls", "kv_transfer_config")
+PLANNED = ("scheduler_cls", "kv_transfer_config", "worker_cls", "additional_config")
 """What makes vLLM's settings those of an engine that plans drive."""
 
 
@@ -35,10 +36,11 @@ def start(task: dict[str, Any], target: Target) -> Any:
     """The engine: default vLLM with its prefix caching on, or planned; all else is the same."""
     folder = Path(task["model"])
     with _environment():
-        settings = engine_settings(folder, target, task["dtype"])
+        accel = AccelConfig("off" if task["side"] == "plans without kernels" else "auto")
+        settings = engine_settings(folder, target, task["dtype"], accel=accel)
         settings |= {"skip_tokenizer_init": True, "seed": 0}
         if task["side"] != "default":
-            settings["additional_config"] = {
+            settings["additional_config"] |= {
                 "sagellm_pipeline": task["pipeline"],
                 "sagellm_target": task["target"],
             }

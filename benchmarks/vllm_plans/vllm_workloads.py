@@ -56,6 +56,12 @@ def _prompt(tokens: Tokens) -> list[list[tuple[tuple[int, ...], int]]]:
     return [[(shared + tokens(48), 24)] for _ in range(16)]
 
 
+def _crowd(tokens: Tokens) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Forty-eight short questions behind one long system prompt."""
+    shared = tokens(1024)
+    return [[(shared + tokens(16), 16)] for _ in range(48)]
+
+
 def _documents(tokens: Tokens) -> list[list[tuple[tuple[int, ...], int]]]:
     """Four questions about each of six documents, which do not fit the pool together; mixed."""
     shared = [tokens(640) for _ in range(6)]
@@ -73,6 +79,7 @@ def _agents(tokens: Tokens) -> list[list[tuple[tuple[int, ...], int]]]:
 WORKLOADS = {
     "unshared": _unshared,
     "system prompt": _prompt,
+    "crowd": _crowd,
     "documents": _documents,
     "agents": _agents,
 }

@@ -7,13 +7,13 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import PlanMoves
+from sagellm_ir.runtime.engines.vllm.connector import Group, PlanMoves
 from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.sequences import Row
 from sagellm_ir.runtime.engines.vllm.versions import make
 from sagellm_ir.target import Target
 
-__all__ = ["check_rows", "common_blocks", "goes_on", "scheduler_output"]
+__all__ = ["check_rows", "common_blocks", "goes_on", "scheduler_output", "shared_by"]
 
 
 def scheduler_output(
@@ -22,6 +22,7 @@ def scheduler_output(
     copies: Sequence[Copy],
     finished: set[str],
     common: int,
+    groups: Sequence[Group],
     before: Collection[str],
 ) -> SchedulerOutput:
     """What the workers are told.
@@ -32,6 +33,7 @@ def scheduler_output(
         copies: of blocks, before the forward.
         finished: requests that the workers may forget.
         common: leading blocks that all rows share.
+        groups: see `shared_by`.
         before: vLLM's ids of the requests in the forward before.
     """
     new: list[NewRequestData] = []
@@ -62,7 +64,7 @@ def scheduler_output(
         scheduled_encoder_inputs={},
         finished_req_ids=finished,
         free_encoder_mm_hashes=[],
-        kv_connector_metadata=PlanMoves(copies),
+        kv_connector_metadata=PlanMoves(copies, groups),
     )
 
 
@@ -137,3 +139,16 @@ def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size
         if group.start <= stop < group.stop and names <= set(group.requests):
             stop = group.stop
     return min(stop, *(row.start for row in rows)) // block_size
+
+
+def shared_by(groups: Iterable[PrefixGroup], rows: Sequence[Row]) -> list[Group]:
+    """A step's groups of rows of a forward, by vLLM's ids; none where a row has several new tokens."""
+    if any(row.stop - row.start > 1 for row in rows):
+        return []
+    names = {row.sequence.name: row.sequence.request.request_id for row in rows}
+    found: list[Group] = []
+    for group in groups:
+        here = [names[request] for request in group.requests if request in names]
+        if len(here) > 1:
+            found.append((group.start, group.stop, here))
+    return found

@@ -15,14 +15,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.engines.vllm.copier import BlockCopier, Copy
 
-__all__ = ["PlanConnector", "PlanMoves", "worker_tables"]
+__all__ = ["Group", "PlanConnector", "PlanMoves", "worker_tables"]
+
+
+Group = tuple[int, int, Sequence[str]]
+"""First token, end, and vLLM's ids of the requests that share these tokens. A forward's are a forest."""
 
 
 class PlanMoves(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types
-    """The copies of a step, in order."""
+    """The copies of a step, in order, and what the rows of its forward share, for `PlanWorker`."""
 
-    def __init__(self, copies: Sequence[Copy]) -> None:
+    def __init__(self, copies: Sequence[Copy], groups: Sequence[Group] = ()) -> None:
         self.copies = tuple(copies)
+        self.groups = tuple(groups)
 
 
 class PlanConnector(KVConnectorBase_V1):  # type: ignore[misc]

@@ -100,7 +100,7 @@ class VLLMBackendAdapter:
             block_size_multiple=BLOCK_MULTIPLES.get(device, 16),
             max_model_len=config.model_config.max_model_len,
             max_tp=self.target.tp,
-            prefix_groups=self.scheduler.takes_groups,
+            prefix_groups=self.scheduler.takes_groups or self.scheduler.reads_once,
             supports_stop_strings=not config.model_config.skip_tokenizer_init,
             # These ignore seeds on a CPU in a batch that holds requests without one.
             supports_seed=device != "cpu" or check_version() not in ("0.26.0", "0.27.0"),

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.accel import AccelConfig
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import load_tokenizer
 from sagellm_ir.runtime.engines.embedded.export import model_folder
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
 from sagellm_ir.runtime.engines.vllm.engine import BLOCK_MULTIPLES, VLLMBackendAdapter
-from sagellm_ir.runtime.engines.vllm.versions import check_version
+from sagellm_ir.runtime.engines.vllm.targets import ACCEL, WORKER_CLASS
+from sagellm_ir.runtime.engines.vllm.versions import KERNELS, check_version
 from sagellm_ir.runtime.protocols import KVSchemaConfig
 from sagellm_ir.runtime.protocols.kv_native import vllm_kv_cache_dtype
 from sagellm_ir.target import DEVICE, Target
@@ -46,6 +48,7 @@ def load_vllm(
     overrides: Mapping[str, Any] | None = None,
     stop_at_eos: bool = True,
     kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    accel: AccelConfig = AccelConfig(),
 ) -> LoadedBackend:
     """A model in vLLM, for `load_backend`.
 
@@ -57,6 +60,7 @@ def load_vllm(
         overrides: fields of the target to change (see `load_target`).
         stop_at_eos: end an answer at the model's end token; else at the planned length.
         kv_schema: how KV is stored.
+        accel: which attention runs on a GPU.
 
     Raises:
         SageIRError: an untested vLLM, a target, a model or a KV schema that it cannot run, or what
@@ -64,7 +68,7 @@ def load_vllm(
     """
     chosen = load_target(target, **(overrides or {}))
     with model_folder(model, dtype) as folder:
-        engine = make_engine(folder, chosen, dtype=dtype, kv_schema=kv_schema)
+        engine = make_engine(folder, chosen, dtype=dtype, kv_schema=kv_schema, accel=accel)
     backend = VLLMBackendAdapter(engine, stop_at_eos=stop_at_eos)
     spec = evolve(backend.target.model, name=model)
     fitted = evolve(chosen, engine="vllm", model=spec, workers=backend.target.workers)
@@ -77,6 +81,7 @@ def make_engine(
     *,
     dtype: str = "float32",
     kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    accel: AccelConfig = AccelConfig(),
     **settings: Any,
 ) -> Any:
     """vLLM's `LLMEngine` with `PlanScheduler`, its core in this process.
@@ -86,6 +91,7 @@ def make_engine(
         target: pool, block size, budgets, tensor-parallel ranks.
         dtype: of weights and activations.
         kv_schema: how KV is stored.
+        accel: which attention runs on a GPU.
         settings: more fields of vLLM's `EngineArgs`.
 
     Raises:
@@ -97,7 +103,7 @@ def make_engine(
         from vllm.v1.engine.llm_engine import LLMEngine
 
         try:
-            ours = engine_settings(folder, target, dtype, kv_schema)
+            ours = engine_settings(folder, target, dtype, kv_schema, accel)
             arguments = EngineArgs(**ours, **settings)
             return LLMEngine.from_engine_args(arguments)
         except ValueError as error:
@@ -105,7 +111,11 @@ def make_engine(
 
 
 def engine_settings(
-    folder: Path, target: Target, dtype: str, kv_schema: KVSchemaConfig = KVSchemaConfig()
+    folder: Path,
+    target: Target,
+    dtype: str,
+    kv_schema: KVSchemaConfig = KVSchemaConfig(),
+    accel: AccelConfig = AccelConfig(),
 ) -> dict[str, Any]:
     """The fields of vLLM's `EngineArgs` that make it the engine of a target.
 
@@ -119,6 +129,7 @@ def engine_settings(
     device = current_platform.device_type
     pool = _device_blocks(target, BLOCK_MULTIPLES.get(device, 16))
     config = AutoConfig.from_pretrained(folder)
+    ours = current_platform.is_cuda() and check_version() in KERNELS
     longest = min(config.max_position_embeddings, pool * target.block_size)
     return {
         "model": str(folder),
@@ -137,6 +148,8 @@ def engine_settings(
         "enforce_eager": device == "cpu",
         "disable_log_stats": True,
         "scheduler_cls": SCHEDULER,
+        "worker_cls": WORKER_CLASS if ours else "auto",
+        "additional_config": {ACCEL: asdict(accel)},
         "kv_transfer_config": KVTransferConfig(
             kv_connector="PlanConnector",
             kv_connector_module_path=CONNECTOR,

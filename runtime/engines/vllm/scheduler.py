@@ -21,13 +21,19 @@ from sagellm_ir.runtime.engines.vllm.batch import (
     common_blocks,
     goes_on,
     scheduler_output,
+    shared_by,
 )
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
 from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.interface import BareScheduler
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
 from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
-from sagellm_ir.runtime.engines.vllm.targets import plan_name, takes_groups, target_of
+from sagellm_ir.runtime.engines.vllm.targets import (
+    plan_name,
+    reads_once,
+    takes_groups,
+    target_of,
+)
 from sagellm_ir.runtime.engines.vllm.versions import check_version
 from sagellm_ir.target import DEVICE
 
@@ -70,6 +76,8 @@ class PlanScheduler(BareScheduler):
         self.target = target_of(vllm_config, kv_cache_config)
         self.takes_groups = takes_groups(vllm_config)
         """Whether vLLM is told of prefixes that all rows share."""
+        self.reads_once = reads_once(vllm_config)
+        """Whether its workers are told of prefixes that some rows share."""
         self.connector = self.ec_connector = None
         self.kv_cache_config = kv_cache_config
         capacity = {tier.name: tier.blocks for tier in self.target.tiers}
@@ -123,9 +131,10 @@ class PlanScheduler(BareScheduler):
             rows, copies, self._copies = [], [], copies
             self._left += 1
         gone, self._gone = self._gone, set()
-        groups = self._step.groups if self._step and self.takes_groups else ()
-        common = common_blocks(groups, rows, self.target.block_size)
-        out = scheduler_output(rows, self.ledger, copies, gone, common, self._before)
+        groups = self._step.groups if self._step else ()
+        common = common_blocks(groups, rows, self.target.block_size) if self.takes_groups else 0
+        shared = shared_by(groups, rows) if self.reads_once else ()
+        out = scheduler_output(rows, self.ledger, copies, gone, common, shared, self._before)
         self.ran = rows
         self._flight.append(rows)
         self._before = frozenset(row.sequence.request.request_id for row in rows)

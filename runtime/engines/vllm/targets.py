@@ -3,20 +3,26 @@
 from typing import Any
 
 from attrs import evolve
+from cattrs import Converter, transform_error
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.accel import AccelConfig
 from sagellm_ir.runtime.engines.vllm.blocks import NULL_BLOCKS
 from sagellm_ir.runtime.engines.vllm.versions import CASCADE, check_version
 from sagellm_ir.runtime.protocols.kv_schema import kv_dtype_of
 from sagellm_ir.target import DEVICE, ModelSpec, Target, Tier, Worker
 
 __all__ = [
+    "ACCEL",
     "PLAN_NAME",
     "SESSION",
     "WORKER",
+    "WORKER_CLASS",
+    "accel_of",
     "option",
     "plan_name",
+    "reads_once",
     "spec_of",
     "stored_as",
     "takes_groups",
@@ -25,6 +31,9 @@ __all__ = [
 
 WORKER = "w0"
 """One vLLM engine is one worker."""
+WORKER_CLASS = "sagellm_ir.runtime.engines.vllm.worker.PlanWorker"
+ACCEL = "sagellm_accel"
+"""Key of `additional_config` with fields of `AccelConfig`, for `PlanWorker`."""
 PLAN_NAME = "sagellm_request"
 """Key of `SamplingParams.extra_args` with the name that plans use for a request."""
 _STORED = {
@@ -48,6 +57,26 @@ def option(vllm_config: Any, name: str, default: str) -> str:
     """One of ours in vLLM's `additional_config`."""
     options = vllm_config.additional_config or {}
     return str(options.get(name, default)) if isinstance(options, dict) else default
+
+
+def accel_of(vllm_config: Any) -> AccelConfig:
+    """How `PlanWorker` attends.
+
+    Raises:
+        SageIRError: what `additional_config` has of it is no `AccelConfig`.
+    """
+    options = vllm_config.additional_config or {}
+    given = options.get(ACCEL, {}) if isinstance(options, dict) else {}
+    try:
+        return Converter(forbid_extra_keys=True).structure(given, AccelConfig)
+    except Exception as error:  # cattrs raises whatever a value's constructor raises
+        wrong = "; ".join(transform_error(error, path=ACCEL))
+        raise SageIRError(Diagnostic(f"vLLM's additional_config: {wrong}")) from error
+
+
+def reads_once(vllm_config: Any) -> bool:
+    """Whether the workers' attention reads once what some rows of a decode share (`PlanWorker`)."""
+    return bool(vllm_config.parallel_config.worker_cls == WORKER_CLASS)
 
 
 def takes_groups(vllm_config: Any) -> bool:

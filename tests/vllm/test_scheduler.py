@@ -65,10 +65,10 @@ def drive(
     plan: ExecutionPlan,
     requests: list[Request],
     aborted: frozenset[str] = frozenset(),
-    cascade: bool = True,
+    **options: bool,
 ) -> unit.Core:
-    """Run a plan. `aborted` end after its first step."""
-    core = unit.Core(unit.make(plan.target, cascade))
+    """Run a plan. `aborted` end after its first step. Options: of `unit.make`."""
+    core = unit.Core(unit.make(plan.target, **options))
     scheduler = core.scheduler
     scheduler.driven = True
     for request in requests:
@@ -127,6 +127,22 @@ def test_prefix_groups_reach_vllm() -> None:
         takes = core.scheduler.takes_groups
         assert takes == (cascade and check_version() in CASCADE)
         assert max(core.worker.common) == (5 if takes else 0)
+
+
+def test_what_some_rows_share_reaches_the_workers() -> None:
+    """Two documents behind one start: kernels are told of all three, where the workers have them."""
+    rng = random.Random(0)
+    start, *documents = (tuple(rng.randrange(VOCABULARY) for _ in range(8)) for _ in range(3))
+    requests = [
+        Request(f"r{at}", prompt=TokenPrompt((*start, *document, at, at + 1)), max_new_tokens=5)
+        for at, document in enumerate(documents * 2)
+    ]
+    plan = compile_requests(requests, unit.target(40, batch=4), "O2").plan
+    for kernels in (True, False):
+        core = drive(plan, requests, cascade=False, kernels=kernels)
+        seen = set(core.worker.kernels.seen)
+        assert seen >= {(8, 4), (8, 2)} if kernels else not seen
+        assert core.scheduler.reads_once == kernels
 
 
 def test_common_blocks() -> None:

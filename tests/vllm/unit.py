@@ -10,7 +10,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from sagellm_ir.runtime.engines.vllm.scheduler import PlanScheduler
-from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME
+from sagellm_ir.runtime.engines.vllm.targets import PLAN_NAME, WORKER_CLASS
 from sagellm_ir.target import DEVICE, HOST, Device, ModelSpec, Target, Tier
 from tests.vllm.worker import SymbolicWorker
 
@@ -31,7 +31,7 @@ def target(blocks: int, host: int = 64, tokens: int = 24, batch: int = 3) -> Tar
     )
 
 
-def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
+def make(aim: Target, cascade: bool = True, kernels: bool = True, **config: Any) -> PlanScheduler:
     """The scheduler that vLLM would make for such an engine; `config` changes vLLM's configuration.
 
     Its configuration has the attributes that the scheduler reads.
@@ -71,7 +71,10 @@ def make(aim: Target, cascade: bool = True, **config: Any) -> PlanScheduler:
             async_scheduling=False,
         ),
         "parallel_config": SimpleNamespace(
-            tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            worker_cls=WORKER_CLASS if kernels else "auto",
         ),
         "speculative_config": None,
         "additional_config": {},

@@ -11,8 +11,12 @@ from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from attrs import define
 
+from sagellm_ir.runtime.accel import AttentionSpec
+from sagellm_ir.runtime.accel.forest import plan_forest
+from sagellm_ir.runtime.engines.vllm.attention import KernelBatches
 from sagellm_ir.target import DEVICE
 
 __all__ = ["VOCABULARY", "SymbolicWorker", "answer"]
@@ -57,6 +61,32 @@ class _State:
     computed: int
 
 
+class CheckedKernels:
+    """Stands in for `PrefixAttention`: what a batch is said to share is shared."""
+
+    gate = None
+    max_batch = 64
+    variant = SimpleNamespace(shared=16)
+
+    def __init__(self, block_size: int) -> None:
+        self.spec = AttentionSpec(4, 2, 16, block_size)
+        self.tables: list[list[int]] = []
+        """Of the rows of the batch to come."""
+        self.seen: list[tuple[int, int]] = []
+        """Of each group: its length, and its rows."""
+
+    def update(self, new: Any, total: Any, groups: Any, *, tile: int) -> None:
+        """See `PrefixAttention.update`."""
+        assert len(new) == len(total) == len(self.tables)
+        assert all(count == 1 for count in new)
+        plan_forest(self.spec, groups, new, total, None)  # raises
+        for group in groups:
+            span = slice(group.start // self.spec.block_size, group.stop // self.spec.block_size)
+            tables = [self.tables[row][span] for row in group.rows]
+            assert all(table == tables[0] for table in tables)
+            self.seen.append((group.stop - group.start, len(tables)))
+
+
 class SymbolicWorker:
     """One worker; `run` is a forward.
 
@@ -73,6 +103,9 @@ class SymbolicWorker:
         self.memory: dict[Slot, bytes] = {}
         self.common: list[int] = []
         """Of each forward, the leading blocks that all its rows share."""
+        self.kernels = CheckedKernels(block_size)
+        self._places: dict[str, int] = {}
+        self._batches = KernelBatches(self.kernels, "first", (), lambda: self._places)  # type: ignore[arg-type]
 
     def run(self, out: Any) -> Any:
         """Carry out a `SchedulerOutput`; what vLLM calls a `ModelRunnerOutput`."""
@@ -92,6 +125,7 @@ class SymbolicWorker:
         rows = out.num_scheduled_tokens
         self._check_common(out.num_common_prefix_blocks[0], rows)
         assert out.total_num_scheduled_tokens == sum(rows.values())
+        self._tell(out.kv_connector_metadata.groups, rows)
         for name, count in rows.items():  # all rows write before any reads, as each layer does
             self._write(self.states[name], count)
         sampled = [self._read(self.states[name], count) for name, count in rows.items()]
@@ -140,6 +174,20 @@ class SymbolicWorker:
         assert all(table == tables[0] and len(table) == common for table in tables)
         assert all(self.states[name].computed >= common * self.block_size for name in rows)
         self.common.append(common)
+
+    def _tell(self, groups: Any, rows: Mapping[str, int]) -> None:
+        """Tell the kernels of a forward; in vLLM's batch, requests lie in another order."""
+        self._places = {name: at for at, name in enumerate(reversed(list(rows)))}
+        self.kernels.tables = [self.states[name].blocks for name in self._places]
+        total = [self.states[name].computed + rows[name] for name in self._places]
+        self._batches.groups = groups
+        self._batches.step(
+            SimpleNamespace(
+                num_reqs=len(rows),
+                max_query_len=max(rows.values(), default=0),
+                seq_lens_cpu_upper_bound=torch.tensor(total, dtype=torch.int32),
+            )
+        )
 
     def _slot(self, state: _State, position: int) -> Slot:
         block = state.blocks[position // self.block_size]

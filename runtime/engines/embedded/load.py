@@ -10,6 +10,7 @@ from attrs import asdict, evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.presets import load_target
+from sagellm_ir.runtime.config import load_config
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded.engine import EmbeddedEngine
 from sagellm_ir.runtime.engines.embedded.gguf import GGUFFile
@@ -77,6 +78,8 @@ def load_embedded(
         overrides: fields of the target to change (see `load_target`).
         kv_schema: how KV is stored.
 
+    Which attention runs on a GPU, the configuration says (`load_config`).
+
     Raises:
         SageIRError: what `load_model` and `load_target` raise.
     """
@@ -86,7 +89,7 @@ def load_embedded(
         loaded = once.submit(load_model, model, dtype, device).result()
     spec = kv_schema.fit(loaded.spec, loaded.dtype_name)
     fitted = load_target(target, **{**(overrides or {}), "model": asdict(spec)})
-    engine = EmbeddedEngine(loaded, fitted, kv_schema=kv_schema)
+    engine = EmbeddedEngine(loaded, fitted, kv_schema=kv_schema, accel=load_config().accel)
     return LoadedBackend(engine, fitted, loaded.tokenizer, spec.name)
 
 

@@ -12,6 +12,7 @@ from attrs import asdict, evolve
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.accel import AccelConfig
+from sagellm_ir.runtime.config import load_config
 from sagellm_ir.runtime.engines import LoadedBackend
 from sagellm_ir.runtime.engines.embedded import load_tokenizer
 from sagellm_ir.runtime.engines.embedded.export import model_folder
@@ -48,7 +49,6 @@ def load_vllm(
     overrides: Mapping[str, Any] | None = None,
     stop_at_eos: bool = True,
     kv_schema: KVSchemaConfig = KVSchemaConfig(),
-    accel: AccelConfig = AccelConfig(),
 ) -> LoadedBackend:
     """A model in vLLM, for `load_backend`.
 
@@ -60,7 +60,8 @@ def load_vllm(
         overrides: fields of the target to change (see `load_target`).
         stop_at_eos: end an answer at the model's end token; else at the planned length.
         kv_schema: how KV is stored.
-        accel: which attention runs on a GPU.
+
+    Which attention runs on a GPU, the configuration says (`load_config`).
 
     Raises:
         SageIRError: an untested vLLM, a target, a model or a KV schema that it cannot run, or what
@@ -68,6 +69,7 @@ def load_vllm(
     """
     chosen = load_target(target, **(overrides or {}))
     with model_folder(model, dtype) as folder:
+        accel = load_config().accel
         engine = make_engine(folder, chosen, dtype=dtype, kv_schema=kv_schema, accel=accel)
     backend = VLLMBackendAdapter(engine, stop_at_eos=stop_at_eos)
     spec = evolve(backend.target.model, name=model)

@@ -70,7 +70,8 @@ def accel_of(vllm_config: Any) -> AccelConfig:
     try:
         return Converter(forbid_extra_keys=True).structure(given, AccelConfig)
     except Exception as error:  # cattrs raises whatever a value's constructor raises
-        wrong = "; ".join(transform_error(error, path=ACCEL))
+        found = transform_error(error, path=ACCEL, format_exception=lambda cause, _: str(cause))
+        wrong = "; ".join(found)
         raise SageIRError(Diagnostic(f"vLLM's additional_config: {wrong}")) from error
 
 

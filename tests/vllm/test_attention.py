@@ -1,0 +1,342 @@
+"""Our kernels inside vLLM's attention: what they are told, what they read, and where they are not used."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu_worker import Worker
+
+from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.runtime.accel import AccelConfig, AttentionSpec, Gate, SharedPrefix
+from sagellm_ir.runtime.accel.reference import reference
+from sagellm_ir.runtime.engines.vllm import attention, worker
+from sagellm_ir.runtime.engines.vllm.attention import (
+    KernelBatches,
+    PrefixAwareBackend,
+    PrefixAwareImpl,
+    Step,
+    batches_of,
+)
+from sagellm_ir.runtime.engines.vllm.targets import accel_of
+from sagellm_ir.runtime.engines.vllm.worker import PlanWorker, choose_backend, graph_sizes
+
+SPEC = AttentionSpec(8, 2, 16, 16, torch.float16)
+
+
+class Kernels:
+    """Stands in for `PrefixAttention`: notes what it is told, and attends as the reference does."""
+
+    spec, gate, max_batch = SPEC, None, 16
+
+    def __init__(self) -> None:
+        self.told: list[tuple[list[int], list[SharedPrefix], int]] = []
+        self.scheduled = 0
+        self.variant = SimpleNamespace(shared=64)
+
+    def update(self, new: Any, total: Any, groups: Any, *, tile: int) -> None:
+        assert (new == np.ones(len(total))).all()
+        self.told.append((total.tolist(), groups, tile))
+
+    def schedule(self, lengths: torch.Tensor) -> None:
+        self.scheduled += 1
+
+    def run(self, q: Any, k: Any, v: Any, table: Any, lengths: Any, out: torch.Tensor) -> None:
+        assert len(q) == len(out) == len(lengths)
+        out.copy_(reference(SPEC, q, k, v, table, [1] * len(q), lengths.tolist()))
+
+
+def batch(*total: int, new: int = 1) -> Any:
+    """vLLM's description of one."""
+    return SimpleNamespace(
+        num_reqs=len(total),
+        max_query_len=new,
+        seq_lens_cpu_upper_bound=torch.tensor([*total, 77], dtype=torch.int32),
+    )
+
+
+def batches(kernels: Kernels, *sizes: int) -> KernelBatches:
+    places = {name: at for at, name in enumerate("abcd")}
+    made: Any = KernelBatches
+    found: KernelBatches = made(kernels, "layer.0", sizes, lambda: places)
+    return found
+
+
+def test_rows_that_have_computed_a_prefix_are_told() -> None:
+    kernels = Kernels()
+    told = batches(kernels)
+    told.groups = [(0, 32, "dba"), (32, 48, "ad"), (48, 64, "ad")]
+    step = told.step(batch(64, 33, 20, 65))
+    assert isinstance(step, Step)
+    assert step.first == "layer.0"
+    # Row 0's newest token is its 64th: it has not computed [48, 64) before this forward.
+    groups = [SharedPrefix(0, 32, [3, 1, 0]), SharedPrefix(32, 48, [0, 3])]
+    assert kernels.told == [([64, 33, 20, 65], groups, 0)]
+
+
+def test_what_has_not_changed_is_not_told_again() -> None:
+    kernels = Kernels()
+    told = batches(kernels)
+    told.groups = [(0, 32, "ab")]
+    for length in range(40, 50):
+        assert told.step(batch(length, length))
+    assert len(kernels.told) == 1
+    told.step(batch(4096, 50))  # much longer
+    told.step(batch(4096, 50, 1))  # one more row
+    told.groups = [(0, 16, "ab")]
+    told.step(batch(4096, 50, 1))
+    assert [total for total, *_ in kernels.told[1:]] == [[4096, 50], [4096, 50, 1], [4096, 50, 1]]
+
+
+def test_vllm_attends_where_nothing_is_gained() -> None:
+    kernels = Kernels()
+    told = batches(kernels)
+    assert told.step(batch(40, 40)) is None  # nothing is shared
+    told.groups = [(0, 32, "ab")]
+    assert told.step(batch(40, 40, new=7)) is None  # a prefill
+    assert told.step(batch(*[40] * 17)) is None  # more rows than there are buffers for
+    assert not kernels.told
+    kernels.variant.shared = 0
+    assert told.step(batch(40, 40)) is None  # the gate says that it does not pay
+    assert len(kernels.told) == 1
+
+
+def test_a_cuda_graph_keeps_its_kernels() -> None:
+    """Whatever is shared, one height of tiles; rows that fill it up have no tokens."""
+    kernels = Kernels()
+    told = batches(kernels, 1, 4, 64)
+    height = Gate().tile_rows(SPEC, [(4, attention.USUAL)])
+    kernels.variant.shared = 0
+    assert told.step(batch(40, 40, 40, 0))
+    told.groups = [(0, 32, "ab")]
+    assert told.step(batch(41, 41, 0, 0))
+    assert [(total, tile) for total, _, tile in kernels.told] == [
+        ([40, 40, 40, 0], height),
+        ([41, 41, 0, 0], height),
+    ]
+    told.groups = ()
+    assert told.step(batch(40)) is None  # nobody to share with: vLLM's own, in its graph too
+    assert told.step(batch(*[40] * 64)) is None
+
+
+def implementation(**fields: Any) -> Any:
+    made: Any = object.__new__(PrefixAwareImpl)
+    usual: dict[str, Any] = {
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_size": 16,
+        "scale": 0.25,
+        "sinks": None,
+    }
+    usual |= {"alibi_slopes": None, "attn_type": "decoder", "kv_cache_dtype": "auto"}
+    made.__dict__ |= usual | {"sliding_window": (-1, -1), "logits_soft_cap": 0} | fields
+    return made
+
+
+def test_a_forward_of_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are where vLLM's cache has them; padding of `query` stays as it was."""
+    torch.manual_seed(0)
+    lengths, page = [37, 16, 5], SPEC.block_size
+    cache = (
+        torch.randn(8, 2, page, 2 * 16, dtype=torch.float16)
+        .transpose(1, 2)
+        .contiguous()
+        .transpose(1, 2)
+    )  # as vLLM keeps it: tokens before heads
+    table = torch.tensor([[5, 2, 7], [1, 0, 0], [3, 0, 0]], dtype=torch.int32)
+    query = torch.randn(4, 8, 16, dtype=torch.float16)
+    kernels: Any = Kernels()
+    meta = SimpleNamespace(
+        num_actual_tokens=3,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_table=table,
+        step=Step(kernels, "layer.0"),
+    )
+    for layer in ("layer.0", "layer.1"):
+        out = torch.full_like(query, math.nan)
+        named = SimpleNamespace(layer_name=layer)
+        implementation().forward(named, query, None, None, cache, meta, out)
+        for row, length in enumerate(lengths):
+            at = torch.arange(length)
+            held = cache[table[row, at // page].long(), :, at % page].double()  # tokens, heads, 2 D
+            keys, values = held.repeat_interleave(4, 1).chunk(2, -1)
+            scores = torch.einsum("hd,thd->ht", query[row].double(), keys) / 4
+            expected = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+            assert (out[row].double() - expected).abs().max() < 2e-3
+        assert out[3].isnan().all()
+    assert kernels.scheduled == 1
+
+    def theirs(self: Any, *args: Any) -> torch.Tensor:
+        filled: torch.Tensor = args[6].fill_(1)
+        return filled
+
+    monkeypatch.setattr(FlashAttentionImpl, "forward", theirs)
+    meta.step = None
+    assert (implementation().forward(None, query, None, None, cache, meta, out) == 1).all()
+
+
+def test_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's, with our step, and without the list of work of vLLM's own kernel."""
+    asked = []
+
+    def build(self: Any, common_prefix_len: int, common: Any, fast_build: bool) -> Any:
+        asked.append(fast_build)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", build)
+    builder = object.__new__(PrefixAwareBackend.get_builder_cls())
+    assert builder.build(0, batch(40, 40)).step is None
+    builder.batches = batches(Kernels())
+    assert builder.build(0, batch(40, 40)).step is None
+    builder.batches.groups = [(0, 32, "ab")]
+    assert builder.build(0, batch(40, 40)).step
+    assert asked == [False, False, True]
+    assert not builder.use_cascade_attention(common_prefix_len=1 << 20)
+
+
+def layers(*found: Any) -> dict[str, Any]:
+    return {f"layer.{at}": SimpleNamespace(impl=impl) for at, impl in enumerate(found)}
+
+
+def test_kernels_of_a_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Any] = []
+
+    def make_attention(config: AccelConfig, spec: AttentionSpec, **sizes: Any) -> Any:
+        made.append((spec, sizes["max_batch"], sizes["max_rows"]))
+        return Kernels()
+
+    monkeypatch.setattr(attention, "make_attention", make_attention)
+    usual: dict[str, Any] = {
+        "block_size": 64,
+        "dtype": torch.bfloat16,
+        "max_batch": 5000,
+        "sizes": (2,),
+        "rows": dict,
+        "device": "cuda",
+    }
+    windowed = implementation(sliding_window=(99, 0), logits_soft_cap=30)
+    assert batches_of(AccelConfig(), layers(windowed, windowed), **usual)
+    spec = AttentionSpec(8, 2, 16, 64, scale=0.25, window=100, softcap=30.0)
+    assert made == [(spec, 4096, 4096)]
+    for odd in (
+        [implementation(alibi_slopes=torch.ones(8))],
+        [implementation(sinks=torch.ones(8))],
+        [implementation(attn_type="encoder_only")],
+        [implementation(kv_cache_dtype="fp8")],
+        [implementation(), implementation(scale=0.5)],
+        [object.__new__(FlashAttentionImpl)],
+    ):
+        caplog.clear()
+        assert batches_of(AccelConfig(), layers(*odd), **usual) is None
+        assert "prefix-aware attention is off" in caplog.text
+    assert len(made) == 1
+
+
+def config(**fields: Any) -> Any:
+    """vLLM's, as far as the worker reads it."""
+    return SimpleNamespace(
+        attention_config=SimpleNamespace(backend=fields.get("backend")),
+        model_config=SimpleNamespace(dtype=fields.get("dtype", torch.bfloat16)),
+        cache_config=SimpleNamespace(cache_dtype=fields.get("stored", "auto")),
+        additional_config=fields.get("additional", {}),
+    )
+
+
+def test_the_backend_is_chosen_where_it_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    for backend in (None, AttentionBackendEnum.FLASH_ATTN):
+        asked = config(backend=backend)
+        assert choose_backend(asked)
+        assert asked.attention_config.backend.get_class() is PrefixAwareBackend
+    for asked, why in (
+        (config(backend=AttentionBackendEnum.TRITON_ATTN), "TRITON_ATTN was asked for"),
+        (config(dtype=torch.float32), "float32"),
+        (config(stored="fp8"), "fp8"),
+    ):
+        before = asked.attention_config.backend
+        assert not choose_backend(asked)
+        assert asked.attention_config.backend is before
+        assert why in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [({"mode": "of"}, "did you mean 'off'"), ({"mod": "off"}, "mod"), ("off", "sagellm_accel")],
+)
+def test_settings_that_are_wrong(given: Any, wrong: str) -> None:
+    with pytest.raises(SageIRError, match=wrong):
+        accel_of(config(additional={"sagellm_accel": given}))
+
+
+def test_settings() -> None:
+    assert accel_of(config()) == AccelConfig()
+    given = {"mode": "off", "gate": {"launch": 2e-6}}
+    assert accel_of(config(additional={"sagellm_accel": given})) == AccelConfig(
+        "off", gate=Gate(launch=2e-6)
+    )
+
+
+def test_the_graphs_of_decodes() -> None:
+    for mode, sizes in (
+        (CUDAGraphMode.NONE, []),
+        (CUDAGraphMode.PIECEWISE, []),
+        (CUDAGraphMode.FULL, [1, 8]),
+        (CUDAGraphMode.FULL_DECODE_ONLY, [1, 8]),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, [1, 8]),
+    ):
+        asked = SimpleNamespace(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 8])
+        assert graph_sizes(asked) == sizes
+
+
+def test_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the kernels with the cache, compiles them before graphs, and tells them of each forward."""
+    happened = []
+    for name in ("initialize_from_config", "compile_or_warm_up_model", "execute_model"):
+        monkeypatch.setattr(Worker, name, lambda self, *args, name=name: happened.append(name))
+    monkeypatch.setattr(attention, "make_attention", lambda *args, **kwargs: Kernels())
+    monkeypatch.setattr(
+        worker, "get_layers_from_vllm_config", lambda config, kind: layers(implementation())
+    )
+    monkeypatch.setattr(KernelBatches, "warm_up", lambda self, cache: happened.append(cache))
+    made: Any = object.__new__(PlanWorker)
+    builder = SimpleNamespace(batches=None)
+    made.__dict__ |= {
+        "_accel": AccelConfig(),
+        "_batches": None,
+        "_ours": True,
+        "device": "cuda",
+        "vllm_config": SimpleNamespace(
+            model_config=SimpleNamespace(dtype=torch.bfloat16),
+            scheduler_config=SimpleNamespace(max_num_seqs=8),
+            compilation_config=SimpleNamespace(
+                cudagraph_mode=CUDAGraphMode.NONE, cudagraph_capture_sizes=None
+            ),
+        ),
+        "model_runner": SimpleNamespace(
+            input_batch=SimpleNamespace(req_id_to_index={"a": 0}),
+            attn_groups=[[SimpleNamespace(metadata_builders=[builder])]],
+            kv_caches=["the first layer's cache"],
+        ),
+    }
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    made.initialize_from_config(SimpleNamespace(kv_cache_groups=[group]))
+    assert isinstance(builder.batches, KernelBatches)
+    made.compile_or_warm_up_model()
+    told = SimpleNamespace(groups=[(0, 16, ["a"])])
+    made.execute_model(SimpleNamespace(kv_connector_metadata=told))
+    assert builder.batches.groups == told.groups
+    made.execute_model(SimpleNamespace(kv_connector_metadata=None))
+    assert builder.batches.groups == ()
+    assert happened == [
+        "initialize_from_config",
+        "the first layer's cache",
+        "compile_or_warm_up_model",
+        "execute_model",
+        "execute_model",
+    ]

@@ -1,6 +1,7 @@
 """Our kernels inside vLLM's attention: what they are told, what they read, and where they are not used."""
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
@@ -51,12 +53,22 @@ class Kernels:
         out.copy_(reference(SPEC, q, k, v, table, [1] * len(q), lengths.tolist()))
 
 
-def batch(*total: int, new: int = 1) -> Any:
-    """vLLM's description of one."""
-    return SimpleNamespace(
+def batch(*total: int, new: Sequence[int] = ()) -> Any:
+    """vLLM's description of one: all tokens of each row, and those that are new (1 each)."""
+    new = new or [1] * len(total)
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0).int()
+    lengths = torch.tensor(total, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(total),
-        max_query_len=new,
-        seq_lens_cpu_upper_bound=torch.tensor([*total, 77], dtype=torch.int32),
+        num_actual_tokens=sum(new),
+        max_query_len=max(new),
+        max_seq_len=max(total),
+        block_table_tensor=torch.arange(len(total) * 2).view(-1, 2),
+        slot_mapping=torch.arange(sum(new)),
     )
 
 
@@ -79,6 +91,17 @@ def test_rows_that_have_computed_a_prefix_are_told() -> None:
     assert kernels.told == [([64, 33, 20, 65], groups, 0)]
 
 
+def test_decodes_beside_a_prefill() -> None:
+    """Those that come first, and are not the prefill's rows."""
+    kernels = Kernels()
+    told = batches(kernels, 4)
+    told.groups = [(0, 32, "abd")]
+    step = told.step(batch(64, 33, 40, 65, new=[1, 1, 8, 1]))
+    assert step
+    assert step.rows == 2
+    assert kernels.told == [([64, 33], [SharedPrefix(0, 32, [0, 1])], 0)]  # no CUDA graph's tiles
+
+
 def test_what_has_not_changed_is_not_told_again() -> None:
     kernels = Kernels()
     told = batches(kernels)
@@ -98,7 +121,8 @@ def test_vllm_attends_where_nothing_is_gained() -> None:
     told = batches(kernels)
     assert told.step(batch(40, 40)) is None  # nothing is shared
     told.groups = [(0, 32, "ab")]
-    assert told.step(batch(40, 40, new=7)) is None  # a prefill
+    assert told.step(batch(40, 40, new=[1, 7])) is None  # nobody to share with, but a prefill
+    assert told.step(batch(40, 40, new=[7, 7])) is None
     assert told.step(batch(*[40] * 17)) is None  # more rows than there are buffers for
     assert not kernels.told
     kernels.variant.shared = 0
@@ -138,7 +162,7 @@ def implementation(**fields: Any) -> Any:
     return made
 
 
-def test_a_forward_of_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_of_two_layers() -> None:
     """Keys and values are where vLLM's cache has them; padding of `query` stays as it was."""
     torch.manual_seed(0)
     lengths, page = [37, 16, 5], SPEC.block_size
@@ -155,12 +179,13 @@ def test_a_forward_of_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         num_actual_tokens=3,
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         block_table=table,
-        step=Step(kernels, "layer.0"),
+        step=Step(kernels, "layer.0", 3),
+        others=None,
     )
     for layer in ("layer.0", "layer.1"):
         out = torch.full_like(query, math.nan)
         named = SimpleNamespace(layer_name=layer)
-        implementation().forward(named, query, None, None, cache, meta, out)
+        implementation().forward(named, query, query, query, cache, meta, out)
         for row, length in enumerate(lengths):
             at = torch.arange(length)
             held = cache[table[row, at // page].long(), :, at % page].double()  # tokens, heads, 2 D
@@ -171,13 +196,33 @@ def test_a_forward_of_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert out[3].isnan().all()
     assert kernels.scheduled == 1
 
-    def theirs(self: Any, *args: Any) -> torch.Tensor:
-        filled: torch.Tensor = args[6].fill_(1)
-        return filled
+
+def test_rows_that_vllm_attends_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All without a step, and those behind its rows."""
+    asked = []
+
+    def theirs(self: Any, layer: Any, query: Any, *more: Any) -> None:
+        key, value, _, meta, output = more
+        assert len(query) == len(key) == len(value) == len(output)
+        asked.append((meta, query[0, 0, 0].item()))
+        output.fill_(1)
 
     monkeypatch.setattr(FlashAttentionImpl, "forward", theirs)
+    kernels: Any = SimpleNamespace(run=lambda *tensors: tensors[5].fill_(2))
+    query = torch.arange(5.0)[:, None, None].expand(5, 8, 16)
+    cache, lengths = torch.zeros(8, 2, 16, 32), torch.ones(5)
+    for rows, others, seen in ((5, None, []), (2, "others", [("others", 2.0)])):
+        meta = SimpleNamespace(
+            seq_lens=lengths, block_table=None, step=Step(kernels, "", rows), others=others
+        )
+        layer, out = SimpleNamespace(layer_name="layer.1"), torch.zeros(5, 8, 16)
+        implementation().forward(layer, query, query, query, cache, meta, out)
+        assert out[:, 0, 0].tolist() == [2.0] * rows + [1.0] * (5 - rows)
+        assert asked == seen
+    asked.clear()
     meta.step = None
-    assert (implementation().forward(None, query, None, None, cache, meta, out) == 1).all()
+    implementation().forward(layer, query, query, query, cache, meta, out)
+    assert asked == [(meta, 0.0)]
 
 
 def test_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +231,7 @@ def test_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(self: Any, common_prefix_len: int, common: Any, fast_build: bool) -> Any:
         asked.append(fast_build)
-        return SimpleNamespace()
+        return SimpleNamespace(common=common)
 
     monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", build)
     builder = object.__new__(PrefixAwareBackend.get_builder_cls())
@@ -194,8 +239,20 @@ def test_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     builder.batches = batches(Kernels())
     assert builder.build(0, batch(40, 40)).step is None
     builder.batches.groups = [(0, 32, "ab")]
-    assert builder.build(0, batch(40, 40)).step
+    made = builder.build(0, batch(40, 40))
+    assert made.step
+    assert made.others is None
     assert asked == [False, False, True]
+    made = builder.build(0, batch(40, 40, 50, new=[1, 1, 8]))
+    assert made.step.rows == 2
+    assert asked[3:] == [True, False]
+    rest, one = made.others.common, batch(50, new=[8])
+    assert rest.num_reqs == 1
+    assert rest.num_actual_tokens == 8
+    for name in ("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound"):
+        assert torch.equal(getattr(rest, name), getattr(one, name))
+    assert rest.block_table_tensor.tolist() == [[4, 5]]
+    assert rest.slot_mapping.tolist() == [*range(2, 10)]
     assert not builder.use_cascade_attention(common_prefix_len=1 << 20)
 
 

@@ -77,7 +77,7 @@ class CheckedKernels:
 
     def update(self, new: Any, total: Any, groups: Any, *, tile: int) -> None:
         """See `PrefixAttention.update`."""
-        assert len(new) == len(total) == len(self.tables)
+        assert len(new) == len(total) <= len(self.tables)
         assert all(count == 1 for count in new)
         plan_forest(self.spec, groups, new, total, None)  # raises
         for group in groups:
@@ -125,7 +125,8 @@ class SymbolicWorker:
         rows = out.num_scheduled_tokens
         self._check_common(out.num_common_prefix_blocks[0], rows)
         assert out.total_num_scheduled_tokens == sum(rows.values())
-        self._tell(out.kv_connector_metadata.groups, rows)
+        if rows:
+            self._tell(out.kv_connector_metadata.groups, rows)
         for name, count in rows.items():  # all rows write before any reads, as each layer does
             self._write(self.states[name], count)
         sampled = [self._read(self.states[name], count) for name, count in rows.items()]
@@ -176,8 +177,10 @@ class SymbolicWorker:
         self.common.append(common)
 
     def _tell(self, groups: Any, rows: Mapping[str, int]) -> None:
-        """Tell the kernels of a forward; in vLLM's batch, requests lie in another order."""
-        self._places = {name: at for at, name in enumerate(reversed(list(rows)))}
+        """Tell the kernels of a forward. In vLLM's batch requests lie in another order, those of one
+        token first."""
+        order = sorted(rows, key=lambda name: (rows[name] > 1, name[::-1]))
+        self._places = {name: at for at, name in enumerate(order)}
         self.kernels.tables = [self.states[name].blocks for name in self._places]
         total = [self.states[name].computed + rows[name] for name in self._places]
         self._batches.groups = groups
@@ -185,6 +188,7 @@ class SymbolicWorker:
             SimpleNamespace(
                 num_reqs=len(rows),
                 max_query_len=max(rows.values(), default=0),
+                query_start_loc_cpu=torch.tensor([0, *(rows[name] for name in order)]).cumsum(0),
                 seq_lens_cpu_upper_bound=torch.tensor(total, dtype=torch.int32),
             )
         )

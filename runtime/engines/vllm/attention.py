@@ -1,12 +1,14 @@
 """Attention of `runtime.accel` inside vLLM's FlashAttention backend: what decodes share is read once.
 
 `PlanWorker` chooses `PrefixAwareBackend` for a model's layers. It is vLLM's `FlashAttentionBackend` but for
-forwards in which every row has one new token (decodes): those that have a `Step` run our kernels. A CUDA
-graph holds ours, in tiles of one height, so that it serves whatever its rows share, or nothing.
+the rows of a forward that have one new token, where they share: those run our kernels, by a `Step`. They
+lie before the others in a batch, which vLLM's own kernel attends to. A CUDA graph of decodes holds ours, in
+tiles of one height, so that it serves whatever its rows share, or nothing.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +44,8 @@ class Step:
     attention: "PrefixAttention"
     first: str
     """The layer that runs first: it builds the work list of the forward."""
+    rows: int
+    """Of the batch, so many from its first on."""
 
 
 class KernelBatches:
@@ -80,26 +84,29 @@ class KernelBatches:
         self._last = None
 
     def step(self, batch: Any) -> Step | None:
-        """How a forward runs; None: vLLM's own attention.
+        """How a forward runs; None: by vLLM's own attention.
 
         Args:
             batch: vLLM's `CommonAttentionMetadata`. Rows that fill up a CUDA graph have no tokens.
         """
-        rows = batch.num_reqs
-        if batch.max_query_len != 1 or rows > self._attention.max_batch:
-            return None
+        rows, tile = batch.num_reqs, None
+        if batch.max_query_len == 1:
+            tile = self._tiles.get(rows)
+        else:
+            new = np.diff(batch.query_start_loc_cpu[: rows + 1].numpy())
+            rows = int((new != 1).argmax())
         total = batch.seq_lens_cpu_upper_bound[:rows].numpy()
-        groups, tile = self._shared(total), self._tiles.get(rows)
+        groups = self._shared(total) if rows <= self._attention.max_batch else []
         if tile is None and not groups:
             return None
-        this = rows, groups, int(total.sum()) // AGAIN
+        this = rows, tile, groups, int(total.sum()) // AGAIN
         if this != self._last:
             prefixes = [SharedPrefix(*group) for group in groups]
             self._attention.update(np.ones(rows, np.int32), total, prefixes, tile=tile or 0)
             self._last = this
         if tile is None and not self._attention.variant.shared:
             return None
-        return Step(self._attention, self._first)
+        return Step(self._attention, self._first, rows)
 
     def _shared(self, total: np.ndarray[Any, Any]) -> list[tuple[int, int, list[int]]]:
         """Groups by rows of the batch: those rows that have computed all of a group's tokens."""
@@ -114,7 +121,11 @@ class KernelBatches:
 
 
 class PrefixAwareBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]  # vLLM has no types
-    """Adds a `Step` to the metadata of forwards that our kernels run."""
+    """Adds to the metadata of a forward the `Step` of its rows that our kernels run, and the metadata
+    of the others."""
+
+    reorder_batch_threshold = 1
+    """Rows of one new token come first."""
 
     batches: KernelBatches | None = None
     """Set by `PlanWorker` where there are kernels for the model."""
@@ -131,16 +142,18 @@ class PrefixAwareBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]  
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        """As vLLM's; what only its own kernels need is left out of a forward with ours."""
-        step = self.batches.step(common_attn_metadata) if self.batches is not None else None
-        fast = fast_build or step is not None
-        made = super().build(common_prefix_len, common_attn_metadata, fast)
-        made.step = step
+        """As vLLM's; what only its own kernels need is left out where ours run."""
+        common = common_attn_metadata
+        step = self.batches.step(common) if self.batches is not None else None
+        made = super().build(common_prefix_len, common, fast_build or step is not None)
+        made.step, made.others = step, None
+        if step is not None and step.rows < common.num_reqs:
+            made.others = super().build(common_prefix_len, behind(common, step.rows), fast_build)
         return made
 
 
 class PrefixAwareImpl(FlashAttentionImpl):  # type: ignore[misc]
-    """One layer's attention: ours for forwards with a `Step`, else vLLM's."""
+    """One layer's attention: ours for rows of a `Step`, else vLLM's."""
 
     def forward(
         self,
@@ -157,20 +170,17 @@ class PrefixAwareImpl(FlashAttentionImpl):  # type: ignore[misc]
         """As vLLM's `AttentionImpl.forward`."""
         step: Step | None = getattr(attn_metadata, "step", None)
         if step is None:
-            out: torch.Tensor = super().forward(
-                *(layer, query, key, value, kv_cache, attn_metadata, output), *args, **kwargs
-            )
-            return out
-        rows, lengths = attn_metadata.num_actual_tokens, attn_metadata.seq_lens
+            given = query, key, value, kv_cache, attn_metadata, output
+            super().forward(layer, *given, *args, **kwargs)
+            return output
+        first, others, lengths = step.rows, attn_metadata.others, attn_metadata.seq_lens
         if layer.layer_name == step.first:
             step.attention.schedule(lengths)
-        step.attention.run(
-            query[:rows],
-            *keys_and_values(kv_cache),
-            attn_metadata.block_table,
-            lengths,
-            output[:rows],
-        )
+        pages = *keys_and_values(kv_cache), attn_metadata.block_table
+        step.attention.run(query[:first], *pages, lengths, output[:first])
+        if others is not None:
+            given = query[first:], key[first:], value[first:], kv_cache, others, output[first:]
+            super().forward(layer, *given, *args, **kwargs)
         return output
 
 
@@ -191,6 +201,31 @@ class PrefixAwareBackend(FlashAttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[PrefixAwareBuilder]:
         """See the module."""
         return PrefixAwareBuilder
+
+
+PER_ROW = (
+    *("seq_lens", "seq_lens_cpu_upper_bound", "block_table_tensor", "is_prefilling"),
+    *("_seq_lens_cpu", "_num_computed_tokens_cpu"),
+)
+"""Fields of vLLM's `CommonAttentionMetadata` that have an entry a row, in one release or another."""
+
+
+def behind(common: Any, first: int) -> Any:
+    """vLLM's description of a batch without its first rows, of one token each."""
+    rows = {
+        name: found[first:]
+        for name in PER_ROW
+        if (found := getattr(common, name, None)) is not None
+    }
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[first:] - first,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first,
+        num_reqs=common.num_reqs - first,
+        num_actual_tokens=common.num_actual_tokens - first,
+        slot_mapping=common.slot_mapping[first:],
+        **rows,
+    )
 
 
 def keys_and_values(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

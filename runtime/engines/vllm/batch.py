@@ -142,10 +142,9 @@ def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size
 
 
 def shared_by(groups: Iterable[PrefixGroup], rows: Sequence[Row]) -> list[Group]:
-    """A step's groups of rows of a forward, by vLLM's ids; none where a row has several new tokens."""
-    if any(row.stop - row.start > 1 for row in rows):
-        return []
-    names = {row.sequence.name: row.sequence.request.request_id for row in rows}
+    """A step's groups of the rows of a forward that have one new token, by vLLM's ids."""
+    ones = [row.sequence for row in rows if row.stop - row.start == 1]
+    names = {sequence.name: sequence.request.request_id for sequence in ones}
     found: list[Group] = []
     for group in groups:
         here = [names[request] for request in group.requests if request in names]

@@ -1,4 +1,4 @@
-"""`BlockLedger.cached` remembers what it found: it must be what it would find."""
+"""`BlockLedger` remembers what `cached` and `agree` found: it must be what they would find."""
 
 import random
 from copy import deepcopy
@@ -22,6 +22,7 @@ def run(seed: int) -> int:
     for _ in range(60):
         name = f"r{rng.randrange(3)}"
         blocks = tuple(rng.sample(range(BLOCKS), rng.randrange(1, 4)))
+        blocks = rng.choice((blocks, (0, 1)))
         match rng.randrange(5):
             case 0 | 1:
                 known = len(ledger.tables.get(name, ()))
@@ -38,6 +39,9 @@ def run(seed: int) -> int:
             fresh._found.clear()
             found = ledger.cached(request, tokens)
             assert found == fresh.cached(request, tokens) == ledger.cached(request, tokens)
+            spans = [ledger.tables.get(name, [])[:2] for name in ("r0", request)]
+            whole = len(spans[0]) == 2 and spans[0] == spans[1]
+            assert ledger.agree(0, 2 * SIZE, ("r0", request)) == whole
             full = min(len(ledger.tables.get(request, ())), tokens // SIZE)
             cut += full > (len(found.blocks) if found else 0)
     return cut

@@ -205,7 +205,26 @@ def test_a_spoiled_plan_is_caught(spoil: Any) -> None:
         if any(isinstance(k, KVMove) and k.from_tier == "host" for s in plan.steps for k in s.kv):
             break
     with pytest.raises(AssertionError, match="wrong KV"):
-        drive(spoil(plan), requests)
+        drive(spoil(plan), requests, kernels=False)
+
+
+def test_groups_that_do_not_share_are_refused() -> None:
+    """Attention would read the blocks of one request for another."""
+    core = unit.Core(unit.make(unit.target(8)))
+    core.scheduler.driven = True
+
+    def run(**step: Any) -> None:
+        core.scheduler.give(PlanStep(0, **step))
+        core.tick()
+
+    for at, name in enumerate("abc"):
+        core.scheduler.add_request(unit.request(name, (1, 2, 3, 4, 5), 4))
+        run(binds=(Bind(name, 0, (0, at + 1)),), prefill=(PrefillChunk(name, 0, 5),))
+    run(decode=("a", "b", "c"), groups=(PrefixGroup(0, 4, ("a", "b", "c")),))
+    wrong = (PrefixGroup(0, 8, ("a", "b", "c")),)
+    run(decode=("a",), groups=wrong)  # the others are not there
+    with pytest.raises(SageIRError, match=r"'b' and 1 more requests share tokens \[0, 8\)"):
+        run(decode=("b", "c"), groups=wrong)
 
 
 ROW = PrefillChunk("a", 0, 3)

@@ -141,13 +141,27 @@ def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size
     return min(stop, *(row.start for row in rows)) // block_size
 
 
-def shared_by(groups: Iterable[PrefixGroup], rows: Sequence[Row]) -> list[Group]:
-    """A step's groups of the rows of a forward that have one new token, by vLLM's ids."""
+def shared_by(
+    groups: Iterable[PrefixGroup], rows: Sequence[Row], ledger: BlockLedger
+) -> list[Group]:
+    """A step's groups of the rows of a forward that have one new token, by vLLM's ids.
+
+    Raises:
+        SageIRError: their tables differ; attention would read the blocks of one row for another.
+    """
     ones = [row.sequence for row in rows if row.stop - row.start == 1]
     names = {sequence.name: sequence.request.request_id for sequence in ones}
     found: list[Group] = []
     for group in groups:
-        here = [names[request] for request in group.requests if request in names]
-        if len(here) > 1:
-            found.append((group.start, group.stop, here))
+        here = [request for request in group.requests if request in names]
+        if len(here) < 2:
+            continue
+        if not ledger.agree(group.start, group.stop, here):
+            raise SageIRError(
+                Diagnostic(
+                    f"the plan says that {here[0]!r} and {len(here) - 1} more requests share tokens "
+                    f"[{group.start}, {group.stop}), but their blocks differ"
+                )
+            )
+        found.append((group.start, group.stop, [names[request] for request in here]))
     return found

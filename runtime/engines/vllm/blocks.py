@@ -52,6 +52,8 @@ class BlockLedger:
         self._fills = 0
         self._found: dict[str, tuple[int, CachedPrefix | None]] = {}
         """What `cached` found for so many full blocks of a request, while no block was freed."""
+        self._agreed: set[tuple[int, int, tuple[str, ...]]] = set()
+        """What `agree` has found, while tables have only grown."""
 
     def bind(self, bind: Bind) -> None:
         """Point a request's table at blocks.
@@ -73,6 +75,7 @@ class BlockLedger:
         old = table[bind.at : stop]
         if old != list(bind.blocks[: len(old)]):
             self.changed.add(bind.request)
+            self._agreed.clear()
         table[bind.at : stop] = bind.blocks
         self._hold(DEVICE, bind.blocks)
         numbers = [self._held[DEVICE][block] for block in bind.blocks]
@@ -129,12 +132,24 @@ class BlockLedger:
             )
         return table
 
+    def agree(self, start: int, stop: int, requests: Sequence[str]) -> bool:
+        """Whether the tables of requests have the same blocks for tokens `[start, stop)`."""
+        key = start, stop, tuple(requests)
+        if key not in self._agreed:
+            span = slice(start // self.block_size, -(-stop // self.block_size))
+            tables = [self.tables.get(request, [])[span] for request in requests]
+            if any(len(t) < span.stop - span.start or t != tables[0] for t in tables):
+                return False
+            self._agreed.add(key)
+        return True
+
     def release(self, request: str) -> None:
         """Forget a request's table."""
         self.tables.pop(request, None)
         self.changed.discard(request)
         self._bound.pop(request, None)
         self._found.pop(request, None)
+        self._agreed.clear()
 
     def free_blocks(self) -> dict[tuple[str, str], int]:
         """Blocks that hold nothing, by (worker, tier)."""

@@ -24,6 +24,7 @@ from sagellm_ir.runtime.engines.vllm.batch import (
     shared_by,
 )
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
+from sagellm_ir.runtime.engines.vllm.connector import Group
 from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.interface import BareScheduler
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
@@ -98,6 +99,8 @@ class PlanScheduler(BareScheduler):
         self._given: PlanStep | None = None
         """A step from an adapter that has not begun."""
         self._step: PlanStep | None = None
+        self._shared: list[Group] = []
+        """What rows of the forward share, for workers that read it once."""
         self._left = 0
         """Forwards of the step that are still to run."""
         self._flight: deque[list[Row]] = deque()
@@ -133,7 +136,7 @@ class PlanScheduler(BareScheduler):
         gone, self._gone = self._gone, set()
         groups = self._step.groups if self._step else ()
         common = common_blocks(groups, rows, self.target.block_size) if self.takes_groups else 0
-        shared = shared_by(groups, rows) if self.reads_once else ()
+        shared = self._shared if rows else []
         out = scheduler_output(rows, self.ledger, copies, gone, common, shared, self._before)
         self.ran = rows
         self._flight.append(rows)
@@ -235,6 +238,8 @@ class PlanScheduler(BareScheduler):
             left, self._left = self._left, 0  # a step that cannot run is not tried again
             if rows:
                 check_rows(rows, self.ledger, self.target)
+                if self.reads_once:
+                    self._shared = shared_by(self._step.groups, rows, self.ledger)
                 self._left = left - 1
                 return rows
 

@@ -94,7 +94,7 @@ def make_engine(
         dtype: of weights and activations.
         kv_schema: how KV is stored.
         accel: which attention runs on a GPU.
-        settings: more fields of vLLM's `EngineArgs`.
+        settings: more fields of vLLM's `EngineArgs`, or others than ours.
 
     Raises:
         SageIRError: an untested vLLM, or a target or model that it cannot run.
@@ -106,7 +106,7 @@ def make_engine(
 
         try:
             ours = engine_settings(folder, target, dtype, kv_schema, accel)
-            arguments = EngineArgs(**ours, **settings)
+            arguments = EngineArgs(**ours | settings)
             return LLMEngine.from_engine_args(arguments)
         except ValueError as error:
             raise SageIRError(Diagnostic(f"vLLM cannot run {str(folder)!r}: {error}")) from error

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.accel.buffers import Mirror
+from sagellm_ir.runtime.accel.division import Private
 from sagellm_ir.runtime.accel.forest import Ints, SharedPrefix, plan_forest
 from sagellm_ir.runtime.accel.gate import Gate, ceil_div
 from sagellm_ir.runtime.accel.launch import (
@@ -21,8 +22,15 @@ from sagellm_ir.runtime.accel.launch import (
     launch_schedule,
 )
 from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
-from sagellm_ir.runtime.accel.tiles import tile_for
-from sagellm_ir.runtime.accel.worklist import ITEM_FIELDS, ROW_FIELDS, Limits, plan_shared
+from sagellm_ir.runtime.accel.tiles import Tile, tile_for
+from sagellm_ir.runtime.accel.worklist import (
+    CHUNK,
+    ITEM_FIELDS,
+    ROW_FIELDS,
+    Limits,
+    SharedWork,
+    plan_shared,
+)
 
 __all__ = ["PrefixAttention", "Variant"]
 
@@ -105,7 +113,7 @@ class PrefixAttention:
         parts = max(workspace // (spec.kv_heads * (spec.head_dim + 1) * 4), rows * spec.group)
         listed, entries = 8 * rows, 64 * rows
         self._limits = Limits(self._sms, items, listed, entries, parts)
-        always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 2}
+        always = {"q_start": batch + 1, "begin": batch, "shared_slots": batch, "part_base": 4}
         shared = {"sizes": 2, "items": items * ITEM_FIELDS, "rows": listed}
         tables = {"where_start": batch, "where": entries}
         self._meta = Mirror(always | {"row_seq": rows} | shared | tables, self.device)
@@ -167,7 +175,9 @@ class PrefixAttention:
         starts = np.zeros(len(new) + 1, np.int32)
         np.cumsum(new, out=starts[1:])
         private = tile_for(self.spec, most * self.spec.group)
-        alone = 0 if private.wide else int((total - forest.private).sum())
+        alone = None
+        if forest.nodes and not private.wide:
+            alone = Private.of(self.spec, private, new, total - forest.private)
         work = plan_shared(self.spec, forest, starts, gate, self._limits, alone)
         nothing = np.zeros(0 if work else len(new), np.int32)
         one_each = int(starts[-1]) == len(new) and most == 1
@@ -179,10 +189,7 @@ class PrefixAttention:
         meta.write("begin", forest.private if work else nothing)
         meta.write("shared_slots", work.slots if work else nothing)
         meta.write("row_seq", sequences if one_each else np.repeat(sequences, new))
-        left = work.left if work else 0
-        # Few SMs need more pieces than programs: the others take some of them in the end.
-        programs = max(left * private.ctas, self._sms) if left else self._sms * private.ctas
-        meta.write("part_base", np.array([work.parts if work else 0, programs], np.int32))
+        meta.write("part_base", np.array(self._of_private(work, private, alone), np.int32))
         if work:
             meta.write("sizes", np.array([len(work.items), work.programs], np.int32))
             meta.write("items", work.items.reshape(-1))
@@ -196,6 +203,19 @@ class PrefixAttention:
         self._batch, self._rows = len(new), int(starts[-1])
         self.variant = Variant(private.rows, work.tile_rows if work else tile)
         return self.variant
+
+    def _of_private(
+        self, work: SharedWork | None, tile: Tile, parts: Private | None
+    ) -> tuple[int, ...]:
+        """`Lists.part_base`."""
+        grid = self._sms * tile.ctas
+        if work is None:
+            return 0, grid, 0, 0
+        # Few SMs need more pieces than programs: the others take some of them in the end.
+        programs = max(work.left * tile.ctas, self._sms) if work.left else grid
+        # Parts that have grown by much are cut as the device thinks best.
+        until = parts.longest * 3 // 2 + CHUNK if parts else 0
+        return work.parts, programs, work.private_cuts, until
 
     def poison(self) -> None:
         """Fill the workspace with NaN: a result that reads what nobody wrote shows."""

@@ -27,7 +27,7 @@ _STARTS = {16: 3e-6, 32: 3e-6, 128: 4.5e-6}
 """What tiles cost that leave no room on an SM for private programs beside them, seconds, measured on an
 H200: the private part then runs after them; and one of 128 rows takes long to start."""
 
-_UNDIVIDED = {64: (7e-6, 1.6)}, (11e-6, 1.0)
+_UNDIVIDED = {64: (11.7e-6, 1.6)}, (16e-6, 0.92)
 """What a layer takes with tiles of some rows, and with the others, whose shared kernel runs on all SMs:
 seconds, and how much longer the nodes take beside private parts."""
 

@@ -15,9 +15,11 @@ from sagellm_ir.runtime.accel.worklist import (
     CHUNK,
     CHUNKS,
     CUT_COST,
+    FEW,
     ITEM_FIELDS,
     PART_COST,
     SLOT_COST,
+    SLOWER,
     item_cost,
 )
 
@@ -136,7 +138,8 @@ class Lists:
     begin: Tensor
     shared_slots: Tensor
     part_base: Tensor
-    """The first partial of private parts, and the programs that those are cut for."""
+    """The first partial of private parts; the programs that those are cut for; the pieces of the longest
+    that the host wants (0: as many as `schedule` thinks best); and up to which length of it."""
     row_seq: Tensor
     rows: Tensor
     where_start: Tensor
@@ -339,6 +342,8 @@ def schedule_constants(spec: AttentionSpec, tile: Tile, max_batch: int) -> dict[
         "CHUNK": CHUNK,
         "CHUNKS": CHUNKS,
         "ITEM_COST": item_cost(tile),
+        "FEW": FEW,
+        "SLOWER": SLOWER,
         "CUT_COST": CUT_COST,
         "SLOT_COST": SLOT_COST,
         "PART_COST": PART_COST * tile.rows,

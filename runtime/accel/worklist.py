@@ -1,5 +1,6 @@
 """The shared kernel's work list: packed nodes cut into chunks of keys and tiles of queries."""
 
+import math
 from functools import lru_cache
 from itertools import accumulate
 
@@ -7,7 +8,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from sagellm_ir.runtime.accel.division import Counts, Pieces, divide
+from sagellm_ir.runtime.accel.division import Counts, Division, Pieces, Private, divide
 from sagellm_ir.runtime.accel.forest import Forest, Ints
 from sagellm_ir.runtime.accel.gate import Gate, ceil_div
 from sagellm_ir.runtime.accel.spec import AttentionSpec
@@ -17,10 +18,12 @@ __all__ = [
     "CHUNK",
     "CHUNKS",
     "CUT_COST",
+    "FEW",
     "ITEM_FIELDS",
     "PART_COST",
     "ROW_FIELDS",
     "SLOT_COST",
+    "SLOWER",
     "Limits",
     "SharedWork",
     "item_cost",
@@ -34,6 +37,9 @@ CHUNKS = 40
 to each power of two. Equal, so that no program is left with a long piece while others have a rest."""
 ITEM_COST = 64, 4
 """What starting and ending a work item costs, in keys: for any tile, and for each of its rows."""
+FEW, SLOWER = 0.9, 0.08
+"""Of an item's time: what it takes at least when few do, and what slower programs take more. Measured on
+an H200 with nothing shared."""
 CUT_COST = 128
 """What it costs, in keys, to merge partials in a batch that would have none."""
 SLOT_COST = 4
@@ -82,10 +88,17 @@ class SharedWork:
     """Programs of the shared kernel that work."""
     left: int
     """SMs that those leave to private programs alone."""
+    private_cuts: int
+    """Pieces of the longest private part; 0: as `schedule` thinks best."""
 
 
 def plan_shared(
-    spec: AttentionSpec, forest: Forest, q_start: Ints, gate: Gate, limits: Limits, private: int = 0
+    spec: AttentionSpec,
+    forest: Forest,
+    q_start: Ints,
+    gate: Gate,
+    limits: Limits,
+    private: Private | None = None,
 ) -> SharedWork | None:
     """Cut a forest's nodes into work items; None: nothing is shared, or the buffers are too small.
 
@@ -93,19 +106,18 @@ def plan_shared(
     they have the same nodes above it.
 
     Args:
-        private: keys of private parts that the private kernel may read at the same time, on other SMs.
+        private: the private parts, if the private kernel may read them at the same time, on other SMs.
     """
     one_each = bool((q_start[1:] - q_start[:-1] == 1).all())
     lists = [node.rows if one_each else _queries(node.rows, q_start) for node in forest.nodes]
     if not lists or sum(map(len, lists)) > limits.rows:
         return None
     sizes = tuple((node.queries, node.end - node.begin) for node in forest.nodes)
-    # In steps, so that what is remembered for them is found again when they have grown.
-    steps = 1 << max(private.bit_length() - 4, 0)
-    how = _cut(spec, gate, sizes, int(q_start[-1]), limits, private // steps * steps)
+    how = _cut(spec, gate, sizes, int(q_start[-1]), limits, _in_steps(private))
     if how is None:
         return None
-    tile, chunk, programs = how
+    tile, division = how
+    chunk, programs = division.chunk, division.programs
     cuts = [ceil_div(tokens, chunk) for _, tokens in sizes]
     written = (cut * queries * spec.group for cut, (queries, _) in zip(cuts, sizes, strict=True))
     parts = [0, *accumulate(written)]
@@ -113,7 +125,23 @@ def plan_shared(
     slots, start, where = _where(spec, forest, lists, q_start, cuts, parts, one_each)
     rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
     left = limits.sms - programs // tile.ctas
-    return SharedWork(tile.rows, items, rows, slots, start, where, parts[-1], programs, left)
+    return SharedWork(
+        *(tile.rows, items, rows, slots, start, where, parts[-1], programs, left, division.cuts)
+    )
+
+
+def _in_steps(private: Private | None) -> Private | None:
+    """So that what is remembered for private parts is found again when they have grown."""
+    if private is None or private.keys == 0:
+        return None
+
+    def step(size: int) -> int:
+        unit = 1 << max(size.bit_length() - 5, 0)
+        return ceil_div(size, unit) * unit
+
+    return Private(
+        *(step(private.keys), step(private.longest), private.tiles, private.queries, private.ctas)
+    )
 
 
 def _items(
@@ -205,19 +233,24 @@ Nodes = tuple[tuple[int, int], ...]
 
 @lru_cache(maxsize=4096)
 def _cut(
-    spec: AttentionSpec, gate: Gate, nodes: Nodes, all_queries: int, limits: Limits, private: int
-) -> tuple[Tile, int, int] | None:
-    """The tile, the chunk length and the programs that take the least time; None: no lists fit."""
+    spec: AttentionSpec,
+    gate: Gate,
+    nodes: Nodes,
+    all_queries: int,
+    limits: Limits,
+    private: Private | None,
+) -> tuple[Tile, Division] | None:
+    """The tile and the division of the SMs that take the least time; None: no lists fit."""
     tile = tile_for(spec, gate.tile_rows(spec, nodes))
     largest = tile_for(spec, gate.heights(spec)[-1])
     if private and largest.wide:
-        seconds, rows = gate.undivided(spec, nodes, private)
+        seconds, rows = gate.undivided(spec, nodes, private.keys)
         pieces = _pieces(spec, largest, nodes, all_queries, limits)
         shared = sum(tokens for _, tokens in nodes)
         best = divide(spec, gate, largest, pieces, limits.sms, shared, private)
         if best is not None:
             if best.seconds < seconds:
-                return largest, best.chunk, best.programs
+                return largest, best
             tile = tile_for(spec, rows) if rows else tile
     pieces = _pieces(spec, tile, nodes, all_queries, limits)
     if not pieces.fits.any():
@@ -225,7 +258,8 @@ def _cut(
     programs = limits.sms * tile.ctas
     cost = makespan(pieces.work, pieces.items, pieces.sizes, programs, item_cost(tile))
     cost += SLOT_COST * pieces.cuts + PART_COST * tile.rows * spec.kv_heads * pieces.parts
-    return tile, int(pieces.sizes[np.where(pieces.fits, cost, np.inf).argmin()]), programs
+    cost = np.where(pieces.fits, cost, np.inf)
+    return tile, Division(math.nan, int(pieces.sizes[cost.argmin()]), programs, 0)
 
 
 def _pieces(
@@ -255,14 +289,16 @@ def item_cost(tile: Tile) -> int:
 def makespan(work: float, items: Counts, size: Counts, grid: int, cost: int) -> NDArray[np.float64]:
     """When `grid` programs have done `items` items of up to `size` keys, `work` in all; in keys.
 
-    In one round the longest item decides. In more, programs take the next item when they are done
-    with one (Graham's list scheduling): the mean, and on average half an item at the end, but no
-    more than whole rounds.
+    In one round the longest item decides, a little less the fewer there are. In more, programs take the
+    next item when they are done with one (Graham's list scheduling): the mean, and on average half an
+    item at the end, but no more than whole rounds. Some programs are slower than others.
 
     Args:
         cost: of an item besides its keys, see `item_cost`.
     """
     one = size + cost
     listed = (work + items * cost) / grid + one / 2
-    longest: NDArray[np.float64] = np.maximum(one, np.minimum(-(-items // grid) * one, listed))
+    rounds = np.where(items < grid, items / grid, -(-items // grid))
+    whole = np.maximum(FEW * one, np.minimum(rounds * one, listed))
+    longest: NDArray[np.float64] = whole + SLOWER * one
     return longest

@@ -160,6 +160,28 @@ def test_some_programs_share_and_the_others_take_all(
     check(AttentionSpec(4, 2, 64, 16, HALF), [1] * 7, [210, 81, 199, 1, 129, 130, 100], TREE)
 
 
+@pytest.mark.parametrize(
+    ("cuts", "until", "pieces"),
+    [(1, 1100, 3), (2, 1100, 4), (3, 9999, 6), (40, 9999, None), (1, 1099, None)],
+)
+def test_the_host_may_choose_the_pieces(
+    monkeypatch: pytest.MonkeyPatch, cuts: int, until: int, pieces: int | None
+) -> None:
+    """40 pieces do not fit the buffers; longer parts than planned are cut as the device thinks best."""
+    real = getattr(attention_module, "launch_schedule")  # noqa: B009 (not exported)
+
+    def told(
+        spec: AttentionSpec, tile: Any, lens: Any, lists: Any, *rest: Any, **options: int
+    ) -> None:
+        lists.part_base[2:] = torch.tensor([cuts, until])
+        real(spec, tile, lens, lists, *rest, **options)
+
+    monkeypatch.setattr(attention_module, "launch_schedule", told)
+    kernels = check(AttentionSpec(4, 2, 128, 64, HALF), [1, 2, 1], [1100, 71, 513])
+    found = int(kernels._sizes[0])
+    assert found == pieces if pieces else 3 < found <= kernels._limits.items
+
+
 def test_lengths_grow_on_the_device_between_updates() -> None:
     """What a CUDA graph replays: the host plans once, lengths and work list move on the device."""
     spec = AttentionSpec(4, 2, 64, 16, HALF)

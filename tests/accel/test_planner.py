@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.accel.division import Private
 from sagellm_ir.runtime.accel.forest import (
     Ints,
     SharedPrefix,
@@ -185,7 +186,8 @@ def plan(spec: AttentionSpec, batch: int, tokens: int, own: int, private: int) -
     total = np.full(batch, tokens + own, np.int32)
     forest = plan_forest(spec, groups, np.ones(batch, np.int32), total, None)
     starts = np.arange(batch + 1, dtype=np.int32)
-    work = plan_shared(spec, forest, starts, Gate(), LIMITS, private)
+    parts = Private(private, own, batch, batch, 4) if private else None
+    work = plan_shared(spec, forest, starts, Gate(), LIMITS, parts)
     assert work is not None
     return work
 
@@ -198,12 +200,21 @@ def test_sms_are_divided_between_arithmetic_and_memory() -> None:
     for work in (few, many):
         assert work.tile_rows == 128
         assert work.programs + work.left == LIMITS.sms
+        assert work.private_cuts > 0
         items = len(work.items) * LLAMA.kv_heads
         rounds = -(-items // work.programs)
         assert rounds * work.programs - items < rounds
     # Without private keys to read meanwhile, or where memory decides, all SMs share.
     assert plan(LLAMA, 256, 32768, 64, 0).left == 0
+    assert plan(LLAMA, 256, 32768, 64, 0).private_cuts == 0
     assert plan(AttentionSpec(32, 32, 128, 64), 8, 1 << 17, 1024, 8 * 1024).left == 0
+
+
+def test_long_private_parts_are_cut_for_the_sms_that_are_left() -> None:
+    """64 parts of 4 KV heads in one piece each would keep some programs of 52 SMs busy twice."""
+    work = plan(AttentionSpec(28, 4, 128, 64), 64, 32768, 1024, 64 * 1024)
+    assert work.left > 0
+    assert work.private_cuts > 1
 
 
 def test_tiles_grow_with_the_rows() -> None:

@@ -10,11 +10,14 @@ __all__ = ["schedule"]
 
 
 @triton.jit
-def _makespan(work, items, size, grid, ITEM_COST: tl.constexpr):
+def _makespan(
+    work, items, size, grid, ITEM_COST: tl.constexpr, FEW: tl.constexpr, SLOWER: tl.constexpr
+):
     """See `worklist.makespan`."""
     one = (size + ITEM_COST) * 1.0
     many = (work + items.to(tl.float32) * ITEM_COST) / grid + one * 0.5
-    return tl.maximum(one, tl.minimum(tl.cdiv(items, grid) * one, many))
+    rounds = tl.where(items < grid, items / grid, tl.cdiv(items, grid).to(tl.float32))
+    return tl.maximum(FEW * one, tl.minimum(rounds * one, many)) + SLOWER * one
 
 
 @triton.jit(do_not_specialize=["batch", "item_cap", "part_cap"])
@@ -40,6 +43,8 @@ def schedule(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     ITEM_COST: tl.constexpr,
+    FEW: tl.constexpr,
+    SLOWER: tl.constexpr,
     CUT_COST: tl.constexpr,
     SLOT_COST: tl.constexpr,
     PART_COST: tl.constexpr,
@@ -49,7 +54,8 @@ def schedule(
 
     One program a sequence; each repeats the small sums over the whole batch, so that no program
     waits for another. The chunk length is the best of a list by the rule of
-    `sagellm_ir.runtime.accel.worklist.makespan`, of those whose items and partials fit their buffers.
+    `sagellm_ir.runtime.accel.worklist.makespan`, of those whose items and partials fit their buffers;
+    or the one that the host asks for.
     """
     me = tl.program_id(0)
     seq = tl.arange(0, BATCH)
@@ -64,6 +70,8 @@ def schedule(
         first = tl.maximum(first, oldest // BLOCK * BLOCK)
     taken = tl.load(part_base)
     grid = tl.load(part_base + 1)
+    wanted = tl.load(part_base + 2)
+    until = tl.load(part_base + 3)
     length = tl.where((kv_len > 0) & (q_len > 0), tl.maximum(kv_len - first, 0), 0)
     tiles = (q_len * GROUP + BM - 1) // BM
     longest = tl.max(length, 0)
@@ -72,9 +80,19 @@ def schedule(
     chunk = tl.maximum(longest, 1)
     items = tl.sum(tl.where(length > 0, tiles, 0), 0) * KV_HEADS
     work = tl.sum(tiles.to(tl.float32) * length, 0) * KV_HEADS
-    best = _makespan(work, items, chunk, grid, ITEM_COST)
+    best = _makespan(work, items, chunk, grid, ITEM_COST, FEW, SLOWER)
     merged = tl.sum(tl.where((shared > 0) & (length > 0), q_len * GROUP, 0), 0) * KV_HEADS
     best += merged.to(tl.float32) * PART_COST
+    # The host has chosen a number of pieces together with the SMs for the nodes; for parts of about
+    # this length.
+    size = tl.cdiv(tl.cdiv(longest, tl.maximum(wanted, 1)), CHUNK) * CHUNK
+    size = tl.where(wanted > 1, size, chunk)
+    cuts = (length + size - 1) // size
+    items = tl.sum(tiles * cuts, 0)
+    parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
+    obey = (wanted > 0) & (longest <= until) & (items <= item_cap) & (parts <= part_cap)
+    chunk = tl.where(obey, size, chunk)
+    best = tl.where(obey, -1.0, best)
     # Where nothing is merged yet, a cut means that something is.
     extra = tl.where(tl.max(shared, 0) > 0, 0, CUT_COST)
     for k in tl.static_range(CHUNKS):
@@ -83,7 +101,7 @@ def schedule(
         cuts = (length + size - 1) // size
         items = tl.sum(tiles * cuts, 0)
         parts = taken + tl.sum(tl.where(cuts + shared > 1, cuts * q_len * GROUP, 0), 0)
-        cost = _makespan(work, items * KV_HEADS, size, grid, ITEM_COST)
+        cost = _makespan(work, items * KV_HEADS, size, grid, ITEM_COST, FEW, SLOWER)
         cost += extra + SLOT_COST * tl.max(cuts, 0)
         cost += (parts - taken).to(tl.float32) * (KV_HEADS * PART_COST)
         better = (cost < best) & (items <= item_cap) & (parts <= part_cap) & (size < longest)

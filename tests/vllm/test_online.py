@@ -133,7 +133,7 @@ def test_a_prefix_that_gave_way_comes_back_from_the_host(asynchronous: bool) -> 
     assert computed[0] == computed[1] == len(documents[0]) + 1
     assert computed[2] == 1
     assert scheduler.stats.moved_blocks > 0
-    assert not scheduler.moves, "they pile up: nobody takes them"
+    assert not scheduler.steps.moves, "they pile up: nobody takes them"
 
 
 @ASYNCHRONOUS

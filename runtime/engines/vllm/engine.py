@@ -231,7 +231,8 @@ class VLLMBackendAdapter:
 
     def _record(self) -> None:
         """Report the forward just asked for, with the block tables that vLLM's (first) worker runs it with."""
-        moves, self.scheduler.moves = self.scheduler.moves, []
+        steps = self.scheduler.steps
+        moves, steps.moves = steps.moves, []
         rows, self.scheduler.ran = self.scheduler.ran, []
         if self.trace is None:
             return

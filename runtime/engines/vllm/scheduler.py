@@ -13,22 +13,18 @@ from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.lowering.plan import KVMove, PlanStep
+from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, Finish
 from sagellm_ir.runtime.engines.vllm.batch import (
-    check_rows,
     common_blocks,
     goes_on,
     scheduler_output,
-    shared_by,
 )
-from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import Group
-from sagellm_ir.runtime.engines.vllm.copier import Copy
+from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger
 from sagellm_ir.runtime.engines.vllm.interface import BareScheduler
 from sagellm_ir.runtime.engines.vllm.online import OnlineSource
-from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
+from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence
+from sagellm_ir.runtime.engines.vllm.steps import StepForwards
 from sagellm_ir.runtime.engines.vllm.targets import (
     plan_name,
     reads_once,
@@ -36,7 +32,6 @@ from sagellm_ir.runtime.engines.vllm.targets import (
     target_of,
 )
 from sagellm_ir.runtime.engines.vllm.versions import check_version
-from sagellm_ir.target import DEVICE
 
 __all__ = ["PlanScheduler"]
 
@@ -92,24 +87,19 @@ class PlanScheduler(BareScheduler):
         self._names: dict[str, str] = {}
         """Plan names by vLLM's request id."""
         self._max_len: int = vllm_config.model_config.max_model_len
-        self.moves: list[KVMove] = []
-        """Moves that an adapter has not yet reported (see `VLLMBackendAdapter.trace`)."""
         self.ran: list[Row] = []
         """The rows of the last forward."""
         self._given: PlanStep | None = None
         """A step from an adapter that has not begun."""
-        self._step: PlanStep | None = None
-        self._shared: list[Group] = []
-        """What rows of the forward share, for workers that read it once."""
-        self._left = 0
-        """Forwards of the step that are still to run."""
+        self.steps = StepForwards(
+            self.ledger, self.target, self.sequences, self._next_step, self.reads_once
+        )
         self._flight: deque[list[Row]] = deque()
         """The rows of each forward that was asked for and not answered."""
         self.answered = 0
         """Forwards that were answered, those without rows included."""
         self._before: frozenset[str] = frozenset()
         """vLLM's ids of the requests in the last forward that was asked for."""
-        self._copies: list[Copy] = []
         self._leaving: list[str] = []
         """Requests that ended, to be released when their step is over."""
         self._gone: set[str] = set()
@@ -125,18 +115,21 @@ class PlanScheduler(BareScheduler):
         Raises:
             SageIRError: the source's step cannot run; nothing of it has.
         """
-        rows = self._next_rows()
-        copies, self._copies = self._copies, []
+        steps, begun = self.steps, self.steps.begun
+        rows = steps.next_rows()
+        copies, steps.copies = steps.copies, []
+        if not self.driven:
+            steps.moves.clear()  # nobody reports them
         if any(
             row.sequence.pending and not goes_on(row, self.ledger, self._before) for row in rows
         ):
             # The workers need tokens that are on their way here: the forward is the next one.
-            rows, copies, self._copies = [], [], copies
-            self._left += 1
+            rows, copies, steps.copies = [], [], copies
+            steps.left += 1
         gone, self._gone = self._gone, set()
-        groups = self._step.groups if self._step else ()
-        common = common_blocks(groups, rows, self.target.block_size) if self.takes_groups else 0
-        shared = self._shared if rows else []
+        size = self.target.block_size
+        common = common_blocks(steps.groups, rows, size) if self.takes_groups else 0
+        shared = steps.shared if rows else []
         out = scheduler_output(rows, self.ledger, copies, gone, common, shared, self._before)
         self.ran = rows
         self._flight.append(rows)
@@ -145,6 +138,7 @@ class PlanScheduler(BareScheduler):
             row.sequence.pending += row.samples
         prefill = sum(row.stop - row.start for row in rows if not row.decode)
         self._count(
+            steps=steps.begun - begun,
             forwards=bool(rows),
             prefill_tokens=prefill,
             decode_tokens=sum(row.decode for row in rows),
@@ -211,7 +205,7 @@ class PlanScheduler(BareScheduler):
     @property
     def busy(self) -> bool:
         """Whether forwards of the current step are still to be asked for."""
-        return self._given is not None or self._left > 0
+        return self._given is not None or self.steps.left > 0
 
     @property
     def asked(self) -> int:
@@ -219,55 +213,12 @@ class PlanScheduler(BareScheduler):
         return self.answered + len(self._flight)
 
     def _next_step(self) -> PlanStep | None:
+        while self._leaving:
+            self.release(self._leaving.pop())
         if not self.driven:
             return self._online.next_step(_UNSEEN)
         step, self._given = self._given, None
         return step
-
-    def _next_rows(self) -> list[Row]:
-        while True:
-            if not self._left:
-                while self._leaving:
-                    self.release(self._leaving.pop())
-                self._step = self._next_step()
-                if self._step is None:
-                    return []
-                self._begin(self._step)
-            assert self._step is not None
-            rows = rows_of(self._step, self.sequences)
-            left, self._left = self._left, 0  # a step that cannot run is not tried again
-            if rows:
-                check_rows(rows, self.ledger, self.target)
-                if self.reads_once:
-                    self._shared = shared_by(self._step.groups, rows, self.ledger)
-                self._left = left - 1
-                return rows
-
-    def _begin(self, step: PlanStep) -> None:
-        """Note a step's moves, frees and binds."""
-        if step.worker != self.ledger.worker:
-            raise SageIRError(
-                Diagnostic(f"the plan names worker {step.worker!r}; known: {self.ledger.worker}")
-            )
-        for name in (*(chunk.request for chunk in step.prefill), *step.decode):
-            if name not in self.sequences:
-                raise SageIRError(
-                    Diagnostic(f"the plan names request {name!r}, which was never submitted")
-                )
-        for item in step.kv:
-            if isinstance(item, KVMove):
-                self.ledger.move(item)
-                src = to_engine(item.src) if item.from_tier == DEVICE else item.src
-                dst = to_engine(item.dst) if item.to_tier == DEVICE else item.dst
-                self._copies.append(Copy(item.from_tier, item.to_tier, src, dst))
-                if self.driven:
-                    self.moves.append(item)
-            else:
-                self.ledger.free(item)
-        for bind in step.binds:
-            self.ledger.bind(bind)
-        self._left = 1 if step.prefill else step.loops
-        self._count(steps=1)
 
     def view(self) -> EngineView:
         """What a source is asked with."""

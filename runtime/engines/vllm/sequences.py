@@ -1,5 +1,6 @@
 """One request inside `PlanScheduler`, and the rows of a forward."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import define, frozen
@@ -67,7 +68,7 @@ class Row:
         return cls(sequence, start, stop, decode, stop == sequence.known)
 
 
-def rows_of(step: PlanStep, sequences: "dict[str, Sequence]") -> list[Row]:
+def rows_of(step: PlanStep, sequences: Mapping[str, Sequence]) -> list[Row]:
     """The rows of the next forward of a step, all of its requests known.
 
     Decodes of requests that have ended are left out. Prefill chunks are not: other requests may

@@ -121,9 +121,9 @@ def plan_shared(
     cuts = [ceil_div(tokens, chunk) for _, tokens in sizes]
     written = (cut * queries * spec.group for cut, (queries, _) in zip(cuts, sizes, strict=True))
     parts = [0, *accumulate(written)]
-    items = _items(spec, forest, tile.rows, cuts, parts, chunk)
-    slots, start, where = _where(spec, forest, lists, q_start, cuts, parts, one_each)
+    items = _items(spec, forest, tile.rows, chunk)
     rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
+    slots, start, where = _where(spec, forest, lists, rows, q_start, cuts, parts, one_each)
     left = limits.sms - programs // tile.ctas
     return SharedWork(
         *(tile.rows, items, rows, slots, start, where, parts[-1], programs, left, division.cuts)
@@ -144,38 +144,42 @@ def _in_steps(private: Private | None) -> Private | None:
     )
 
 
-def _items(
-    spec: AttentionSpec,
-    forest: Forest,
-    tile_rows: int,
-    cuts: list[int],
-    parts: list[int],
-    chunk: int,
+def _items(spec: AttentionSpec, forest: Forest, tile_rows: int, chunk: int) -> Ints:
+    """The work items."""
+    nodes = tuple((node.queries, node.begin, node.end) for node in forest.nodes)
+    items = _items_by_node(spec.group, nodes, tile_rows, chunk).copy()
+    items[:, 0] = np.array([node.rows[0] for node in forest.nodes])[items[:, 0]]
+    return items
+
+
+@lru_cache(maxsize=64)
+def _items_by_node(
+    group: int, nodes: tuple[tuple[int, int, int], ...], tile_rows: int, chunk: int
 ) -> Ints:
-    """The work items. Tiles of one chunk are neighbours: the first brings its pages to L2."""
-    tiles = [ceil_div(node.queries * spec.group, tile_rows) for node in forest.nodes]
-    count = sum(cut * wide for cut, wide in zip(cuts, tiles, strict=True))
-    items = np.zeros((count, ITEM_FIELDS), np.int32)
-    at, query = 0, 0
-    for node, wide, cut, part in zip(forest.nodes, tiles, cuts, parts, strict=False):
-        many = node.queries
-        mine = items[at : at + wide * cut].reshape(cut, wide, ITEM_FIELDS)
-        begin = np.arange(node.begin, node.begin + cut * chunk, chunk)
-        mine[:, :, 0] = node.rows[0]
+    """The work items of (queries, begin, end) nodes, with a node's number where its first sequence goes.
+    Tiles of one chunk are neighbours: the first brings its pages to L2."""
+    found, query, part = [], 0, 0
+    for number, (many, start, end) in enumerate(nodes):
+        wide, cut = ceil_div(many * group, tile_rows), ceil_div(end - start, chunk)
+        mine = np.zeros((cut, wide, ITEM_FIELDS), np.int32)
+        begin = np.arange(start, start + cut * chunk, chunk)
+        mine[:, :, 0] = number
         mine[:, :, 1] = begin[:, None]
-        mine[:, :, 2] = np.minimum(begin + chunk, node.end)[:, None]
+        mine[:, :, 2] = np.minimum(begin + chunk, end)[:, None]
         mine[:, :, 4:6] = query, many
         mine[:, :, 6] = np.arange(wide)
-        mine[:, :, 7] = np.arange(part, part + cut * many * spec.group, many * spec.group)[:, None]
-        at += wide * cut
+        mine[:, :, 7] = part + np.arange(cut)[:, None] * (many * group)
+        found.append(mine.reshape(-1, ITEM_FIELDS))
         query += many
-    return items
+        part += cut * many * group
+    return np.concatenate(found)
 
 
 def _where(
     spec: AttentionSpec,
     forest: Forest,
     lists: list[Ints],
+    all_rows: Ints,
     q_start: Ints,
     cuts: list[int],
     parts: list[int],
@@ -184,10 +188,14 @@ def _where(
     """`slots`, `where_start` and `where` of `SharedWork`."""
     new = q_start[1:] - q_start[:-1]
     slots = np.zeros(len(new), np.int32)
+    if one_each and np.bincount(all_rows).max() == 1:
+        sizes = tuple((len(rows), cut) for rows, cut in zip(lists, cuts, strict=True))
+        mine, entries, where = _flat_where(spec.group, sizes)
+        start = np.zeros(len(new), np.int32)
+        slots[all_rows], start[all_rows] = mine, entries
+        return slots, start, where
     for node, cut in zip(forest.nodes, cuts, strict=True):
         slots[node.rows] += cut
-    if one_each and sum(map(len, lists)) == np.count_nonzero(slots):
-        return slots, *_flat_where(spec, lists, len(new), cuts, parts)
     taken = np.cumsum(new * slots)
     start = (taken - new * slots).astype(np.int32)
     # Of each query token: its first entry.
@@ -203,19 +211,20 @@ def _where(
     return slots, start, where
 
 
-def _flat_where(
-    spec: AttentionSpec, lists: list[Ints], batch: int, cuts: list[int], parts: list[int]
-) -> tuple[Ints, Ints]:
-    """`_where` when every sequence has one new token and at most one node: table by table."""
-    start, tables, at = np.zeros(batch, np.int32), [], 0
-    for rows, cut, part in zip(lists, cuts, parts, strict=False):
-        count = len(rows)
-        start[rows] = np.arange(at, at + count * cut, cut, dtype=np.int32)
-        last = part + cut * count * spec.group
-        table = np.arange(part, last, spec.group, dtype=np.int32)
+@lru_cache(maxsize=64)
+def _flat_where(group: int, sizes: tuple[tuple[int, int], ...]) -> tuple[Ints, Ints, Ints]:
+    """Partials and first entry of each row, and `where`, when every sequence has one new token and at
+    most one node; of each node its rows and its pieces."""
+    entries, tables, at, part = [], [], 0, 0
+    for count, cut in sizes:
+        entries.append(np.arange(at, at + count * cut, cut, dtype=np.int32))
+        last = part + cut * count * group
+        table = np.arange(part, last, group, dtype=np.int32)
         tables.append(table.reshape(cut, count).T.reshape(-1))
         at += count * cut
-    return start, tables[0] if len(tables) == 1 else np.concatenate(tables)
+        part = last
+    mine = np.repeat([cut for _, cut in sizes], [count for count, _ in sizes]).astype(np.int32)
+    return mine, np.concatenate(entries), np.concatenate(tables)
 
 
 def _queries(rows: Ints, q_start: Ints) -> Ints:

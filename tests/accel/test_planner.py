@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.accel import forest
 from sagellm_ir.runtime.accel.division import Private
 from sagellm_ir.runtime.accel.forest import (
     Ints,
@@ -160,6 +161,34 @@ def test_tiles_leave_room_for_the_private_part_unless_arithmetic_or_bandwidth_de
 def test_bad_groups_are_refused(groups: list[SharedPrefix], problem: str) -> None:
     with pytest.raises(SageIRError, match=problem):
         plan_forest(SPEC, groups, ints(4, 1), ints(48, 64), None)
+
+
+ROWS = st.lists(st.integers(-1, 4), max_size=3)
+SPANS = st.sampled_from(
+    [(0, 16), (0, 32), (16, 32), (16, 48), (32, 48), (0, 0), (8, 16), (-16, 16)]
+)
+
+
+@given(st.lists(st.tuples(SPANS, ROWS), min_size=1, max_size=4))
+@example([((0, 16), [0, 1, 2]), ((16, 32), [1, 2]), ((32, 48), [1, 2]), ((16, 48), [0])])
+@settings(max_examples=500)
+def test_groups_checked_all_at_once_and_one_by_one(
+    given: list[tuple[tuple[int, int], list[int]]],
+) -> None:
+    """What refuses groups says the same as what says why."""
+    ordered = sorted(given, key=lambda one: one[0][0])
+    groups = [SharedPrefix(start, stop, rows) for (start, stop), rows in ordered]
+    lists = [ints(*group.rows) for group in groups]
+    history = ints(48, 47, 64, 16)
+    outer = forest._outer(SPEC, groups, lists, history)
+    if outer is None:
+        assert forest._why(SPEC, groups, lists, history).message
+        return
+    with pytest.raises(AssertionError, match="all groups keep the rules"):
+        forest._why(SPEC, groups, lists, history)
+    for group, above in zip(groups, outer, strict=True):
+        assert group.start == (groups[above].stop if above >= 0 else 0)
+        assert above < 0 or set(group.rows) <= set(groups[above].rows)
 
 
 def test_work_that_does_not_fit_is_not_shared() -> None:

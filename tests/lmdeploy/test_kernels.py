@@ -141,6 +141,16 @@ def test_a_group_computed_in_the_same_forward_is_not_read_as_history() -> None:
     assert said.readable() == []
 
 
+def test_what_continues_a_group_that_is_left_out_is_left_out_with_it() -> None:
+    """The kernels refuse a group that hangs in the air."""
+    new, total = np.array([32, 4, 1], np.int32), np.array([32, 52, 50], np.int32)
+    inner = [32, 48, 1, 2]
+    hanging = BatchRows(new, total, np.array([[0, 32, 0, 3], inner], np.int32))
+    assert hanging.readable() == []
+    whole = BatchRows(new, total, np.array([[0, 32, 1, 2], inner], np.int32))
+    assert whole.readable() == [(0, 32, range(1, 3)), (32, 48, range(1, 3))]
+
+
 def test_installing_wraps_what_lmdeploy_builds_and_can_be_undone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -46,10 +46,14 @@ class BatchRows:
         return new, total
 
     def readable(self) -> list[tuple[int, int, range]]:
-        """Groups whose tokens all rows have from before this step, as (start, stop, rows)."""
+        """Groups whose tokens all rows have from before this step, as (start, stop, rows): a forest, too, so
+        that what continues a group which is left out is left out with it."""
         history = self.total - self.new
-        return [
-            (start, stop, range(first, first + count))
-            for start, stop, first, count in self.groups.tolist()
-            if (history[first : first + count] >= stop).all()
-        ]
+        reached = np.zeros(len(history), np.int32)
+        found = []
+        for start, stop, first, count in sorted(self.groups.tolist()):
+            rows = slice(first, first + count)
+            if reached[first] == start and (history[rows] >= stop).all():
+                reached[rows] = stop
+                found.append((start, stop, range(first, first + count)))
+        return found

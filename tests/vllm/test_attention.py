@@ -353,9 +353,12 @@ def test_the_graphs_of_decodes() -> None:
 
 def test_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the kernels with the cache, compiles them before graphs, and tells them of each forward."""
-    happened = []
-    for name in ("initialize_from_config", "compile_or_warm_up_model", "execute_model"):
+    happened: list[Any] = []
+    for name in ("initialize_from_config", "compile_or_warm_up_model"):
         monkeypatch.setattr(Worker, name, lambda self, *args, name=name: happened.append(name))
+    monkeypatch.setattr(
+        Worker, "execute_model", lambda self, _: happened.append(self._batches.groups)
+    )
     monkeypatch.setattr(attention, "make_attention", lambda *args, **kwargs: Kernels())
     monkeypatch.setattr(
         worker, "get_layers_from_vllm_config", lambda config, kind: layers(implementation())
@@ -386,14 +389,13 @@ def test_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(builder.batches, KernelBatches)
     made.compile_or_warm_up_model()
     told = SimpleNamespace(groups=[(0, 16, ["a"])])
-    made.execute_model(SimpleNamespace(kv_connector_metadata=told))
-    assert builder.batches.groups == told.groups
-    made.execute_model(SimpleNamespace(kv_connector_metadata=None))
-    assert builder.batches.groups == ()
+    for metadata in (told, None):
+        made.execute_model(SimpleNamespace(kv_connector_metadata=metadata))
+        assert builder.batches.groups == ()  # no longer
     assert happened == [
         "initialize_from_config",
         "the first layer's cache",
         "compile_or_warm_up_model",
-        "execute_model",
-        "execute_model",
+        told.groups,
+        (),
     ]

@@ -63,10 +63,14 @@ class PlanWorker(Worker):  # type: ignore[misc]  # vLLM has no types
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """A forward."""
-        if self._batches is not None:
-            told = scheduler_output.kv_connector_metadata
-            self._batches.groups = getattr(told, "groups", ())  # none by another scheduler
-        return super().execute_model(scheduler_output)
+        if self._batches is None:
+            return super().execute_model(scheduler_output)
+        told = scheduler_output.kv_connector_metadata
+        self._batches.groups = getattr(told, "groups", ())  # none by another scheduler
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            self._batches.groups = ()  # vLLM also runs forwards of its own, to warm up
 
 
 def choose_backend(vllm_config: Any) -> bool:

@@ -1,6 +1,11 @@
 """The configuration of a deployment: `config/sage_llm.yaml`, and the environment over it."""
 
-from sagellm_ir.runtime.config.loader import Configuration, load_config, read_config
+from sagellm_ir.runtime.config.loader import (
+    FILE_VARIABLE,
+    Configuration,
+    load_config,
+    read_config,
+)
 from sagellm_ir.runtime.config.sections import (
     CommConfig,
     ControlPlaneConfig,
@@ -12,6 +17,7 @@ from sagellm_ir.runtime.config.sections import (
 )
 
 __all__ = [
+    "FILE_VARIABLE",
     "CommConfig",
     "Configuration",
     "ControlPlaneConfig",

@@ -74,8 +74,15 @@ def choose(
     return config
 
 
-def run_here(config: "SageConfig", gateway: str | None, *, patient: bool) -> None:
-    """Serve in this process, and say where."""
+def run_here(
+    config: "SageConfig", gateway: str | None, *, patient: bool, file: Path | None = None
+) -> None:
+    """Serve in this process, and say where. `file`: what the configuration was read from."""
+    from sagellm_ir.runtime.config import FILE_VARIABLE
+
+    if file is not None:
+        # An engine's loader and its workers read the configuration themselves.
+        os.environ[FILE_VARIABLE] = str(file.resolve())
     try:
         from sagellm_ir.runtime.control_plane.serving import serve_engine
     except ImportError as error:
@@ -143,7 +150,7 @@ def start(
     )
     wanted = None if alone else gateway or chosen.control_plane.gateway or gateway_url()
     if foreground:
-        run_here(chosen, wanted, patient=gateway is None)
+        run_here(chosen, wanted, patient=gateway is None, file=config)
         return
     words = _words(chosen, kv_schema, config, wanted, patient=gateway is None)
     process = _start_behind(engines, chosen.engine.id, words, wait)

@@ -53,4 +53,4 @@ def serve(
 
     plane = chosen.control_plane
     wanted = gateway or plane.gateway or (gateway_url() if plane.attach else None)
-    engine.run_here(chosen, wanted, patient=gateway is None)
+    engine.run_here(chosen, wanted, patient=gateway is None, file=config)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sagellm_ir.cli.main import main
+from sagellm_ir.runtime.config import FILE_VARIABLE, load_config
 from sagellm_ir.runtime.control_plane.packages import have
 from sagellm_ir.runtime.control_plane.processes import EngineProcess, Engines
 from tests.control_plane.tiny_fleet import LETTERS, TEMPLATE, tiny_tokenizer
@@ -226,3 +227,22 @@ def test_a_file_that_a_crash_left_behind_is_no_engine(state: Path) -> None:
     path.write_text("{")
     with engines.claim("a"):
         assert engines.running() == []
+
+
+@pytest.mark.parametrize(
+    "words", [("llm", "engine", "start", "m", "--foreground", "--alone"), ("llm", "serve", "m")]
+)
+def test_what_an_engine_reads_of_a_configuration_by_itself(
+    words: tuple[str, ...], state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loader and its workers ask for the configuration again: it is that of `--config`."""
+    file = state / "mine.yaml"
+    file.write_text("accel: {mode: off}\n")
+    monkeypatch.setenv(FILE_VARIABLE, "")  # as it was, afterwards
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "sagellm_ir.runtime.control_plane.serving.serve_engine",
+        lambda config, **_: seen.append((config.accel.mode, load_config().accel.mode)),
+    )
+    assert main([*words, "--config", str(file)]) == 0
+    assert seen == [("off", "off")]

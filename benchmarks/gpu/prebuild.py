@@ -29,13 +29,13 @@ from workloads import Workload, correctness, decode, extend, trees
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
 from sagellm_ir.runtime.accel.launch import (
     Lists,
-    Tensors,
     launch_attend,
     launch_merge,
     launch_schedule,
     rows_of_merge,
 )
 from sagellm_ir.runtime.accel.selfcheck import random_batch
+from sagellm_ir.runtime.accel.tensors import Tensors
 from sagellm_ir.runtime.accel.tiles import tile_for, tile_heights
 
 SMS = 132

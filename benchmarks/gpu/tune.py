@@ -18,8 +18,9 @@ from workloads import HEADS, K
 
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix, worklist
 from sagellm_ir.runtime.accel.attention import PrefixAttention
-from sagellm_ir.runtime.accel.launch import LOG2E, Tensors, launch_attend, launch_schedule
+from sagellm_ir.runtime.accel.launch import LOG2E, launch_attend, launch_schedule
 from sagellm_ir.runtime.accel.selfcheck import Batch, random_batch
+from sagellm_ir.runtime.accel.tensors import Tensors
 from sagellm_ir.runtime.accel.tiles import Tile
 
 VARIANTS: tuple[tuple[bool, Tile], ...] = (

@@ -16,12 +16,12 @@ from sagellm_ir.runtime.accel.gate import Gate, ceil_div
 from sagellm_ir.runtime.accel.launch import (
     LOG2E,
     Lists,
-    Tensors,
     launch_attend,
     launch_merge,
     launch_schedule,
 )
 from sagellm_ir.runtime.accel.spec import AttentionSpec, unsupported
+from sagellm_ir.runtime.accel.tensors import Tensors
 from sagellm_ir.runtime.accel.tiles import Tile, tile_for
 from sagellm_ir.runtime.accel.worklist import (
     CHUNK,

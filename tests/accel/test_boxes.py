@@ -7,8 +7,9 @@ import torch
 from attrs import fields
 
 from sagellm_ir.runtime.accel import kernels, launch
-from sagellm_ir.runtime.accel.launch import Lists, Tensors, boxes, has_boxes
+from sagellm_ir.runtime.accel.launch import Lists, boxes, has_boxes
 from sagellm_ir.runtime.accel.spec import AttentionSpec
+from sagellm_ir.runtime.accel.tensors import Tensors
 from sagellm_ir.runtime.accel.tiles import tile_for
 
 BOTH = torch.zeros(6, 2, 64, 4, 128, dtype=torch.bfloat16)

@@ -27,7 +27,13 @@ NO_VLLM = (
     "vLLM is not in this environment; 'make build/vllm/.ready' brings it, and "
     "'build/vllm/0.32.0/bin/python -m pytest tests/vllm' runs this"
 )
-ALONE = ("test_scheduler.py", "test_online.py", "test_driven.py", "test_attention.py")
+ALONE = (
+    "test_scheduler.py",
+    "test_online.py",
+    "test_driven.py",
+    "test_attention.py",
+    "test_worker.py",
+)
 """What needs vLLM's Python only, not its compiled part."""
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from attrs import define, evolve
+from attrs import evolve
 from lmdeploy.messages import GenerationConfig, PytorchEngineConfig, ResponseType
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
@@ -22,6 +22,7 @@ from sagellm_ir.runtime.backend import (
     TokenEvent,
 )
 from sagellm_ir.runtime.engines.embedded.tokenizer import Detokenizer, ModelTokenizer
+from sagellm_ir.runtime.engines.lmdeploy.clients import Client, Nothing, OneStep
 from sagellm_ir.runtime.engines.lmdeploy.online import target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
@@ -33,58 +34,6 @@ from sagellm_ir.target import Target
 __all__ = ["LMDeployBackend"]
 
 T = TypeVar("T")
-
-
-@define
-class _Client:
-    """A submitted request, and how far its answer was read."""
-
-    request: PlanRequest
-    sampling: Sampling
-    session: int
-    read: int = 0
-    ended: bool = False
-    """Its answer was read to the end."""
-    told: bool = False
-    """The end was handed out."""
-    arrived: bool = False
-    """It was seen in LMDeploy's scheduler."""
-    words: Detokenizer | None = None
-
-    def text(self, token: int | None, last: bool) -> str:
-        """What became certain with a token, and with the end."""
-        if self.words is None:
-            return ""
-        text = "" if token is None else self.words.push(token)[0]
-        return text + self.words.flush() if last else text
-
-
-class _Nothing:
-    """A source with no steps."""
-
-    def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        return None
-
-
-class _OneStep:
-    """Gives one step; being asked again means that it has run."""
-
-    def __init__(self, step: PlanStep) -> None:
-        self._step: PlanStep | None = step
-        self.ran = threading.Event()
-
-    @property
-    def given(self) -> bool:
-        """Whether the engine took it."""
-        return self._step is None
-
-    def next_step(self, view: EngineView) -> PlanStep | None:
-        """See `PlanSource`."""
-        step, self._step = self._step, None
-        if step is None:
-            self.ran.set()
-        return step
 
 
 class LMDeployBackend(Synchronous):
@@ -115,7 +64,7 @@ class LMDeployBackend(Synchronous):
         self._tokenizer = tokenizer
         self._names = Names()
         self._sessions = itertools.count()
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Client] = {}
         self._generated = 0
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.engine = self._call(self._make(make))
@@ -187,7 +136,7 @@ class LMDeployBackend(Synchronous):
         if problem:
             raise SageIRError(Diagnostic(f"request {request.id!r} cannot run: {problem}"))
         words = Detokenizer(self._tokenizer) if self._tokenizer else None
-        client = _Client(request, sampling, next(self._sessions), words=words)
+        client = Client(request, sampling, next(self._sessions), words=words)
         self._names.add(request.id, client.session)
         self._clients[request.id] = client
         asyncio.run_coroutine_threadsafe(self._read(client), self._loop)
@@ -202,7 +151,7 @@ class LMDeployBackend(Synchronous):
             while not all(client.told for client in self._clients.values()):
                 yield self._take()
         finally:
-            self._call(self._drive(_Nothing(), hold=True))
+            self._call(self._drive(Nothing(), hold=True))
 
     def step(self, step: PlanStep) -> list[TokenEvent]:
         """Run one step; the tokens it made.
@@ -214,7 +163,7 @@ class LMDeployBackend(Synchronous):
             self._call(self._move(step))
             return []
         rejected = len(self._driver.rejected)
-        one = _OneStep(step)
+        one = OneStep(step)
         self._call(self._drive(one, hold=True))
         while not one.ran.wait(0.01) and not self._have_ended():
             self._check_alive()  # with nothing left to do it asks no more
@@ -283,7 +232,7 @@ class LMDeployBackend(Synchronous):
             await self._arrival(client)
         return self._driver.view()
 
-    async def _arrival(self, client: _Client) -> None:
+    async def _arrival(self, client: Client) -> None:
         """Wait until a request is in LMDeploy's scheduler, unless it was refused."""
         while not client.arrived and not client.ended:
             found = self._names.sequence(self.engine.scheduler, client.request.id)
@@ -293,12 +242,12 @@ class LMDeployBackend(Synchronous):
 
     async def _attach(self) -> PlanDriver:
         requests = NamedSequences(self.engine.scheduler, self._names)
-        return PlanDriver(self.engine, _Nothing(), requests, hold=True)
+        return PlanDriver(self.engine, Nothing(), requests, hold=True)
 
     async def _move(self, step: PlanStep) -> None:
         self._driver.move(step)
 
-    async def _cancel(self, client: _Client) -> None:
+    async def _cancel(self, client: Client) -> None:
         await self._arrival(client)  # LMDeploy forgets a stop that overtakes the request
         await self.engine.create_instance().async_cancel(client.session)
 
@@ -331,7 +280,7 @@ class LMDeployBackend(Synchronous):
         seqs = [self._names.sequence(self.engine.scheduler, name) for name in self._clients]
         return sum(seq.num_new_tokens for seq in seqs if seq is not None)
 
-    async def _read(self, client: _Client) -> None:
+    async def _read(self, client: Client) -> None:
         """Turn the answer of one request into events."""
         name, tokens = client.request.id, client.request.tokens
         assert tokens is not None
@@ -356,7 +305,7 @@ class LMDeployBackend(Synchronous):
                     text = client.text(None, last=True)
                     self._events.put(TokenEvent(name, None, text, client.read, finish))
 
-    def _generation(self, client: _Client) -> GenerationConfig:
+    def _generation(self, client: Client) -> GenerationConfig:
         sampling = client.sampling
         ends = list(self.engine.model_config.eos_token_id or []) if self._stop_at_eos else []
         return GenerationConfig(

@@ -188,14 +188,23 @@ def _why(
     raise AssertionError("all groups keep the rules")
 
 
-def shared_prefixes(groups: Iterable[PrefixGroup], rows: Mapping[str, int]) -> list[SharedPrefix]:
+def shared_prefixes(
+    groups: Iterable[PrefixGroup], rows: Mapping[str, int], history: Sequence[int]
+) -> list[SharedPrefix]:
     """A plan step's prefix groups, for a batch in which request `r` is sequence `rows[r]`.
 
-    Requests that are not in the batch are left out, and groups of fewer than two that are.
+    Requests that are not in the batch, or have not computed all of a group's tokens, are left out, and
+    groups of fewer than two that are.
+
+    Args:
+        groups: of the step.
+        rows: may name sequences behind those of the batch.
+        history: `[batch]` tokens of each sequence before its new ones.
     """
     found = []
     for group in groups:
         here = [rows[request] for request in group.requests if request in rows]
+        here = [row for row in here if row < len(history) and history[row] >= group.stop]
         if len(here) > 1:
             found.append(SharedPrefix(group.start, group.stop, here))
     return found

@@ -106,8 +106,14 @@ def test_spans_and_partials_cover_every_key_once(
 
 def test_groups_of_a_plan_step() -> None:
     groups = [PrefixGroup(0, 32, ("a", "b", "c")), PrefixGroup(32, 64, ("a", "c"))]
-    made = shared_prefixes(groups, {"a": 0, "b": 2, "d": 1})
+    places = {"a": 0, "b": 2, "d": 1, "c": 3}
+    made = shared_prefixes(groups, places, [39, 8, 63])  # "c" is not in the batch
     assert made == [SharedPrefix(0, 32, [0, 2])]
+    assert shared_prefixes(groups, places, [39, 8, 31]) == []
+    assert shared_prefixes(groups, {"a": 0, "c": 1}, [64, 65]) == [
+        SharedPrefix(0, 32, [0, 1]),
+        SharedPrefix(32, 64, [0, 1]),
+    ]
     assert plan_forest(SPEC, made, ints(1, 1, 1), ints(40, 9, 64), None).private.tolist() == [
         32,
         0,

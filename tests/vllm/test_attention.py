@@ -11,6 +11,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 
+from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.accel import AccelConfig, AttentionSpec, Gate, SharedPrefix
 from sagellm_ir.runtime.accel.reference import reference
 from sagellm_ir.runtime.engines.vllm import attention
@@ -76,7 +77,11 @@ def batches(kernels: Kernels, *sizes: int) -> KernelBatches:
 def test_rows_that_have_computed_a_prefix_are_told() -> None:
     kernels = Kernels()
     told = batches(kernels)
-    told.groups = [(0, 32, "dba"), (32, 48, "ad"), (48, 64, "ad")]
+    told.groups = [
+        PrefixGroup(0, 32, tuple("dba")),
+        PrefixGroup(32, 48, tuple("ad")),
+        PrefixGroup(48, 64, tuple("ad")),
+    ]
     step = told.step(batch(64, 33, 20, 65))
     assert isinstance(step, Step)
     assert step.first == "layer.0"
@@ -89,7 +94,7 @@ def test_decodes_beside_a_prefill() -> None:
     """Those that come first, and are not the prefill's rows."""
     kernels = Kernels()
     told = batches(kernels, 4)
-    told.groups = [(0, 32, "abd")]
+    told.groups = [PrefixGroup(0, 32, tuple("abd"))]
     step = told.step(batch(64, 33, 40, 65, new=[1, 1, 8, 1]))
     assert step
     assert step.rows == 2
@@ -99,13 +104,13 @@ def test_decodes_beside_a_prefill() -> None:
 def test_what_has_not_changed_is_not_told_again() -> None:
     kernels = Kernels()
     told = batches(kernels)
-    told.groups = [(0, 32, "ab")]
+    told.groups = [PrefixGroup(0, 32, tuple("ab"))]
     for length in range(40, 50):
         assert told.step(batch(length, length))
     assert len(kernels.told) == 1
     told.step(batch(4096, 50))  # much longer
     told.step(batch(4096, 50, 1))  # one more row
-    told.groups = [(0, 16, "ab")]
+    told.groups = [PrefixGroup(0, 16, tuple("ab"))]
     told.step(batch(4096, 50, 1))
     assert [total for total, *_ in kernels.told[1:]] == [[4096, 50], [4096, 50, 1], [4096, 50, 1]]
 
@@ -114,7 +119,7 @@ def test_vllm_attends_where_nothing_is_gained() -> None:
     kernels = Kernels()
     told = batches(kernels)
     assert told.step(batch(40, 40)) is None  # nothing is shared
-    told.groups = [(0, 32, "ab")]
+    told.groups = [PrefixGroup(0, 32, tuple("ab"))]
     assert told.step(batch(40, 40, new=[1, 7])) is None  # nobody to share with, but a prefill
     assert told.step(batch(40, 40, new=[7, 7])) is None
     assert told.step(batch(*[40] * 17)) is None  # more rows than there are buffers for
@@ -131,7 +136,7 @@ def test_a_cuda_graph_keeps_its_kernels() -> None:
     height = Gate().tile_rows(SPEC, [(4, attention.USUAL)])
     kernels.variant.shared = 0
     assert told.step(batch(40, 40, 40, 0))
-    told.groups = [(0, 32, "ab")]
+    told.groups = [PrefixGroup(0, 32, tuple("ab"))]
     assert told.step(batch(41, 41, 0, 0))
     assert [(total, tile) for total, _, tile in kernels.told] == [
         ([40, 40, 40, 0], height),
@@ -232,7 +237,7 @@ def test_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder.build(0, batch(40, 40)).step is None
     builder.batches = batches(Kernels())
     assert builder.build(0, batch(40, 40)).step is None
-    builder.batches.groups = [(0, 32, "ab")]
+    builder.batches.groups = [PrefixGroup(0, 32, tuple("ab"))]
     made = builder.build(0, batch(40, 40))
     assert made.step
     assert made.others is None

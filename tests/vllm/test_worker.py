@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
 from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.accel import AccelConfig, Gate
 from sagellm_ir.runtime.engines.vllm import attention, worker
 from sagellm_ir.runtime.engines.vllm.attention import KernelBatches, PrefixAwareBackend
@@ -110,7 +111,7 @@ def test_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     made.initialize_from_config(SimpleNamespace(kv_cache_groups=[group]))
     assert isinstance(builder.batches, KernelBatches)
     made.compile_or_warm_up_model()
-    told = SimpleNamespace(groups=[(0, 16, ["a"])])
+    told = SimpleNamespace(groups=[PrefixGroup(0, 16, ("a",))])
     for metadata in (told, None):
         made.execute_model(SimpleNamespace(kv_connector_metadata=metadata))
         assert builder.batches.groups == ()  # no longer

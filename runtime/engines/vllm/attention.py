@@ -21,8 +21,14 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from sagellm_ir.runtime.accel import AccelConfig, AttentionSpec, Gate, SharedPrefix, make_attention
-from sagellm_ir.runtime.engines.vllm.connector import Group
+from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.accel import (
+    AccelConfig,
+    AttentionSpec,
+    Gate,
+    make_attention,
+    shared_prefixes,
+)
 
 if TYPE_CHECKING:  # Imports triton.
     from sagellm_ir.runtime.accel.attention import PrefixAttention
@@ -73,8 +79,8 @@ class KernelBatches:
             if 1 < size <= attention.max_batch
         }
         self._last: object = None
-        self.groups: Sequence[Group] = ()
-        """Of the forward to come."""
+        self.groups: Sequence[PrefixGroup] = ()
+        """Of the forward to come, by vLLM's ids of requests."""
 
     def warm_up(self, cache: torch.Tensor) -> None:
         """Compile the kernels for a layer's cache."""
@@ -96,28 +102,17 @@ class KernelBatches:
             new = np.diff(batch.query_start_loc_cpu[: rows + 1].numpy())
             rows = int((new != 1).argmax())
         total = batch.seq_lens_cpu_upper_bound[:rows].numpy()
-        groups = self._shared(total) if rows <= self._attention.max_batch else []
+        history = (total - 1).tolist() if rows <= self._attention.max_batch else []
+        groups = shared_prefixes(self.groups, self._rows(), history)
         if tile is None and not groups:
             return None
         this = rows, tile, groups, int(total.sum()) // AGAIN
         if this != self._last:
-            prefixes = [SharedPrefix(*group) for group in groups]
-            self._attention.update(np.ones(rows, np.int32), total, prefixes, tile=tile or 0)
+            self._attention.update(np.ones(rows, np.int32), total, groups, tile=tile or 0)
             self._last = this
         if tile is None and not self._attention.variant.shared:
             return None
         return Step(self._attention, self._first, rows)
-
-    def _shared(self, total: np.ndarray[Any, Any]) -> list[tuple[int, int, list[int]]]:
-        """Groups by rows of the batch: those rows that have computed all of a group's tokens."""
-        at = self._rows()
-        found = []
-        for start, stop, requests in self.groups:
-            rows = [row for name in requests if (row := at[name]) < len(total)]
-            rows = [row for row in rows if total[row] > stop]
-            if len(rows) > 1:
-                found.append((start, stop, rows))
-        return found
 
 
 class PrefixAwareBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]  # vLLM has no types

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from attrs import evolve
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import Group, PlanMoves
+from sagellm_ir.runtime.engines.vllm.connector import PlanMoves
 from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.sequences import Row
 from sagellm_ir.runtime.engines.vllm.versions import make
@@ -22,7 +23,7 @@ def scheduler_output(
     copies: Sequence[Copy],
     finished: set[str],
     common: int,
-    groups: Sequence[Group],
+    groups: Sequence[PrefixGroup],
     before: Collection[str],
 ) -> SchedulerOutput:
     """What the workers are told.
@@ -143,7 +144,7 @@ def common_blocks(groups: Iterable[PrefixGroup], rows: Sequence[Row], block_size
 
 def shared_by(
     groups: Iterable[PrefixGroup], rows: Sequence[Row], ledger: BlockLedger
-) -> list[Group]:
+) -> list[PrefixGroup]:
     """A step's groups of the rows of a forward that have one new token, by vLLM's ids.
 
     Raises:
@@ -151,7 +152,7 @@ def shared_by(
     """
     ones = [row.sequence for row in rows if row.stop - row.start == 1]
     names = {sequence.name: sequence.request.request_id for sequence in ones}
-    found: list[Group] = []
+    found = []
     for group in groups:
         here = [request for request in group.requests if request in names]
         if len(here) < 2:
@@ -163,5 +164,5 @@ def shared_by(
                     f"[{group.start}, {group.stop}), but their blocks differ"
                 )
             )
-        found.append((group.start, group.stop, [names[request] for request in here]))
+        found.append(evolve(group, requests=tuple(names[request] for request in here)))
     return found

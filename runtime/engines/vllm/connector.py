@@ -13,19 +13,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.lowering.plan import PrefixGroup
 from sagellm_ir.runtime.engines.vllm.copier import BlockCopier, Copy
 
-__all__ = ["Group", "PlanConnector", "PlanMoves", "worker_tables"]
-
-
-Group = tuple[int, int, Sequence[str]]
-"""First token, end, and vLLM's ids of the requests that share these tokens. A forward's are a forest."""
+__all__ = ["PlanConnector", "PlanMoves", "worker_tables"]
 
 
 class PlanMoves(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types
-    """The copies of a step, in order, and what the rows of its forward share, for `PlanWorker`."""
+    """The copies of a step, in order; and for `PlanWorker` what rows of its forward share, by vLLM's ids."""
 
-    def __init__(self, copies: Sequence[Copy], groups: Sequence[Group] = ()) -> None:
+    def __init__(self, copies: Sequence[Copy], groups: Sequence[PrefixGroup] = ()) -> None:
         self.copies = tuple(copies)
         self.groups = tuple(groups)
 

@@ -6,7 +6,6 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import KVMove, PlanStep, PrefixGroup
 from sagellm_ir.runtime.engines.vllm.batch import check_rows, shared_by
 from sagellm_ir.runtime.engines.vllm.blocks import BlockLedger, to_engine
-from sagellm_ir.runtime.engines.vllm.connector import Group
 from sagellm_ir.runtime.engines.vllm.copier import Copy
 from sagellm_ir.runtime.engines.vllm.sequences import Row, Sequence, rows_of
 from sagellm_ir.target import DEVICE, Target
@@ -40,7 +39,7 @@ class StepForwards:
         """Forwards of the step that are still to run."""
         self.begun = 0
         """Steps that have begun."""
-        self.shared: list[Group] = []
+        self.shared: list[PrefixGroup] = []
         """What rows of the last forward share."""
         self.copies: list[Copy] = []
         """Of blocks, before the next forward."""

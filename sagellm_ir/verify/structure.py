@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 
 from sagellm_ir.columns import NONE, Columns, Edges, places
@@ -11,6 +11,9 @@ from sagellm_ir.diagnostics import suggest
 from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
 from sagellm_ir.target import DEVICE
 from sagellm_ir.verify.report import Finding
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["LAWS"]
 
@@ -74,6 +77,8 @@ def defined_before_use(c: Columns) -> Iterator[Finding]:
 
 def _cycle(c: Columns) -> list[str]:
     """The names along a cycle, from the earliest one back to it; empty when there is none."""
+    import networkx as nx  # takes longer to import than all of the IR
+
     digraph: nx.DiGraph[str] = nx.DiGraph()
     for edges in (c.operands, c.after):
         _add(digraph, edges, c.names)

@@ -1,5 +1,19 @@
-"""`python -m sagellm_ir`: the command line, for where its script is not on the path."""
+"""The command `sagellm-ir`, also as `python -m sagellm_ir` for where its script is not on the path."""
 
-from sagellm_ir.cli.main import main
+import sys
 
-raise SystemExit(main())
+__all__ = ["run"]
+
+
+def run() -> int:
+    """Runs the command line; the exit code."""
+    try:
+        from sagellm_ir.cli.main import main
+    except KeyboardInterrupt:  # the imports take long enough to change one's mind
+        print("interrupted", file=sys.stderr)
+        return 130
+    return main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

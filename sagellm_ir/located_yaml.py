@@ -176,7 +176,9 @@ class LocatedYAML:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             loc = Location(str(path), mark.line + 1, mark.column + 1) if mark else None
-            reason = getattr(error, "problem", None) or str(error)
+            # Of a file that is not UTF-8, PyYAML tells the byte and where it is in "<byte string>".
+            unread = isinstance(error, yaml.reader.ReaderError)
+            reason = "not a text" if unread else getattr(error, "problem", None) or str(error)
             raise SageIRError(Diagnostic(f"{path} is not YAML: {reason}", loc)) from error
         if not isinstance(self.values, dict) or not all(isinstance(k, str) for k in self.values):
             raise SageIRError(Diagnostic(f"{path}: expected a mapping from fields to values"))

@@ -96,7 +96,10 @@ def _preset(kind: str, name: str) -> Path:
     if name not in _names(kind):
         singular = kind.removesuffix("s")
         message = f"there is no {singular} preset {name!r}"
-        raise SageIRError(Diagnostic(message, help=suggest(name, _names(kind))))
+        help_ = suggest(name, _names(kind))
+        if Path(name).exists():
+            help_ += "; a file is named by its path: end it with .yaml, or begin it with ./"
+        raise SageIRError(Diagnostic(message, help=help_))
     return config_folder() / kind / f"{name}.yaml"
 
 

@@ -22,6 +22,7 @@ import httpx
 from attrs import asdict, field, frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
+from sagellm_ir.runtime.control_plane.client import checked_url
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
 
 __all__ = ["ENGINES", "Attachment", "EngineRecord", "Figures", "attach_server", "engine_metadata"]
@@ -106,7 +107,7 @@ class Attachment:
         self.state = "STARTING"
         self._figures, self._interval = figures, interval
         self._headers = _bearer(api_key)
-        self._gateway = gateway.rstrip("/")
+        self._gateway = checked_url(gateway).rstrip("/")
         self._http = httpx.AsyncClient(
             base_url=self._gateway, headers=self._headers, timeout=TIMEOUT
         )
@@ -263,8 +264,8 @@ def attach_server(
     Raises:
         SageIRError: one of them does not answer, or the gateway refuses.
     """
-    place = httpx.URL(url if "://" in url else f"http://{url}")
-    if not place.host or place.port is None:
+    place = httpx.URL(checked_url(url))
+    if place.port is None:
         raise SageIRError(Diagnostic(f"{url!r}: expected http://HOST:PORT"))
     try:
         if model is None:
@@ -279,7 +280,7 @@ def attach_server(
         )
         body = _registration(record, verified=False)
         reply = httpx.post(
-            f"{gateway.rstrip('/')}{ENGINES}/register",
+            f"{checked_url(gateway).rstrip('/')}{ENGINES}/register",
             json=body,
             headers=_bearer(api_key),
             timeout=TIMEOUT,

@@ -17,7 +17,7 @@ from sagellm_ir.runtime.ports import gateway_port
 if TYPE_CHECKING:
     from sagellm_control import ControlPlaneManager
 
-__all__ = ["UnifiedInferenceClient", "gateway_key", "gateway_url"]
+__all__ = ["UnifiedInferenceClient", "checked_url", "gateway_key", "gateway_url"]
 
 GATEWAY_VARIABLE = "SAGELLM_GATEWAY_URL"
 KEY_VARIABLE = "SAGELLM_GATEWAY_KEY"
@@ -33,6 +33,21 @@ def gateway_url() -> str:
 def gateway_key() -> str | None:
     """What a gateway with keys is asked with: `SAGELLM_GATEWAY_KEY`."""
     return os.environ.get(KEY_VARIABLE) or None
+
+
+def checked_url(url: str) -> str:
+    """The URL of a server; without a scheme it is `http://`.
+
+    Raises:
+        SageIRError: it names no host.
+    """
+    try:
+        found = httpx.URL(url if "://" in url else f"http://{url}")
+    except httpx.InvalidURL:
+        found = httpx.URL()
+    if found.scheme not in ("http", "https") or not found.host:
+        raise SageIRError(Diagnostic(f"{url!r}: expected http://HOST:PORT"))
+    return str(found)
 
 
 class Transport(Protocol):
@@ -167,7 +182,7 @@ class _Gateway:
 
     def __init__(self, url: str, timeout: float, api_key: str | None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._url = checked_url(url).rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout)
 
     def models(self) -> list[str]:
@@ -203,7 +218,12 @@ class _Gateway:
             raise self._lost(error) from None
         if reply.is_error:
             raise self._refused(reply)
-        found: Json = reply.json()
+        try:
+            found: Json = reply.json()
+        except ValueError:
+            raise SageIRError(
+                Diagnostic(f"{self._url} is no gateway: it answers no JSON")
+            ) from None
         return found
 
     def _checked(self, chunk: Json) -> Json:

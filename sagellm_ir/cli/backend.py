@@ -6,20 +6,16 @@ import typer
 from attrs import asdict
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.help import flag, group
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.engines import BACKENDS, find_backend
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="backend",
-    no_args_is_help=True,
-    help="The engines that can run a plan.",
-    epilog="Example: sage infer backend list",
-)
+app = group("backend", "The engines that can run a plan.", example="list")
 
 
-@shared.command(app, "list", example="backend list --json")
+@shared.command(app, "list", example="--json")
 def list_backends(as_json: shared.AsJson = False) -> None:
     """Which engines are here, and how to get the others."""
     rows = [
@@ -45,11 +41,11 @@ def list_backends(as_json: shared.AsJson = False) -> None:
     )
 
 
-@shared.command(app, "test", example="backend test --all")
+@shared.command(app, "test", example="--all")
 def check_backend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An engine.")] = "embedded",
     everything: Annotated[
-        bool, typer.Option("--all", help="One plan on every engine that is here, compared.")
+        bool, flag("--all", help="One plan on every engine that is here, compared.")
     ] = False,
     model: Annotated[
         str, typer.Option(metavar="NAME|FOLDER|FILE", help="With --all: the model.")

@@ -10,6 +10,7 @@ from sagellm_ir.build import ByteTokenizer, Tokenizer, build
 from sagellm_ir.cli import shared
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
+from sagellm_ir.located_yaml import yaml_value
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.lowering.plan import ExecutionPlan
 from sagellm_ir.passes.instruments import Instrument
@@ -103,22 +104,27 @@ def choose_target(
     """A preset or file, with `key=value` changes, and for another model's shape if one is given."""
     changes: dict[str, Any] = {}
     for text in overrides or ():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SageIRError(
-                Diagnostic(
-                    f"--set {text}: expected KEY=VALUE",
-                    help="for example --set max_tokens=512 or --set tiers.device.blocks=100",
-                )
-            )
-        *outer, last = key.strip().split(".")
-        inner = changes
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        inner[last] = yaml.safe_load(value)
+        _set(changes, text)
     if model is not None:
         changes["model"] = asdict(model)
     return load_target(name, **changes)
+
+
+def _set(changes: dict[str, Any], text: str) -> None:
+    """Adds what one `--set` says: `a.b=1` is `{"a": {"b": 1}}`."""
+    key, equals, value = text.partition("=")
+    *outer, last = key.strip().split(".")
+    inner: Any = changes
+    for part in outer:
+        inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+    try:
+        if not equals or not isinstance(inner, dict):
+            raise ValueError("expected KEY=VALUE, each KEY once")
+        inner[last] = yaml_value(value)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        help_ = "for example --set max_tokens=512 or --set tiers.device.blocks=100"
+        raise SageIRError(Diagnostic(f"--set {text}: {reason}", help=help_)) from None
 
 
 def choose_pipeline(level: int, text: str | None) -> Pipeline:

@@ -6,26 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.help import flag, group
 
 if TYPE_CHECKING:
     from sagellm_ir.runtime.config import Configuration
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="config",
-    no_args_is_help=True,
-    help="The configuration: sage_llm.yaml and the environment.",
-    epilog="Example: sage infer config show --origin",
+app = group(
+    "config", "The configuration: sage_llm.yaml and the environment.", example="show --origin"
 )
 
 
-@app.callback()
-def _group() -> None:
-    """The configuration: sage_llm.yaml and the environment."""
-
-
-@shared.command(app, "show", example="config show --origin")
+@shared.command(app, "show", example="--origin")
 def show(
     file: Annotated[
         Path | None,
@@ -35,7 +28,7 @@ def show(
             help="Read this file. Default: what SAGELLM_CONFIG names, else the packaged one.",
         ),
     ] = None,
-    origin: Annotated[bool, typer.Option("--origin", help="Say where each value is from.")] = False,
+    origin: Annotated[bool, flag("--origin", help="Say where each value is from.")] = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Print every value that holds, as YAML; secrets are masked."""

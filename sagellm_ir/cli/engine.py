@@ -1,111 +1,28 @@
 """`llm engine ...`: start, list, look at and stop engines of this machine."""
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from attrs import asdict, evolve
+from attrs import asdict
 
-from sagellm_ir.cli import shared
+from sagellm_ir.cli import serving, shared
+from sagellm_ir.cli.background import free_id, start_behind, words_of
+from sagellm_ir.cli.help import flag, group
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 
-if TYPE_CHECKING:
-    from sagellm_ir.runtime.config import SageConfig
-    from sagellm_ir.runtime.control_plane.processes import EngineProcess, Engines
+__all__ = ["app", "print_engines"]
 
-__all__ = ["app", "choose", "run_here"]
-
-app = typer.Typer(
-    name="engine",
-    no_args_is_help=True,
-    help="Engines in the background of this machine.",
-    epilog="Example: sage llm engine start smollm2-135m --engine-kind sagellm",
+app = group(
+    "engine",
+    "Engines in the background of this machine.",
+    example="start smollm2-135m --engine-kind sagellm",
 )
 
-EngineId = typer.Option("--engine-id", metavar="ID", help="Its name at the gateway.")
-Backend = typer.Option("--backend", metavar="KIND", help="What runs it: `backend list`.")
-KVSchema = typer.Option("--kv-schema", metavar="preset=NAME", help="How KV is stored.")
-PipelineText = typer.Option("--pipeline", "-p", metavar="TEXT", help="Passes: O0 to O3, or a list.")
-Host = typer.Option("--host", metavar="ADDRESS", help="Where to listen.")
-Port = typer.Option("--port", min=0, max=65535, help="0: any free one.")
-InstanceType = typer.Option(
-    "--instance-type", metavar="TYPE", help="general, prefilling or decoding."
-)
-Gateway = typer.Option("--gateway", metavar="URL", help="Register there; it must answer.")
-ConfigFile = typer.Option(
-    "--config", metavar="FILE", help="The configuration: see `sage infer config show`."
-)
 OURS = "sagellm"
-LOG_TAIL = 4096
 
 
-@app.callback()
-def _group() -> None:
-    """Engines in the background of this machine."""
-
-
-def choose(
-    file: Path | None, *, kv_schema: str | None, **sections: Mapping[str, Any]
-) -> "SageConfig":
-    """The configuration, with what the command line says over it.
-
-    Raises:
-        SageIRError: a value is wrong.
-    """
-    from sagellm_ir.runtime.config import load_config
-    from sagellm_ir.runtime.engines import find_backend
-    from sagellm_ir.runtime.protocols import KVSchemaConfig
-
-    config = load_config(file)
-    try:
-        for name, given in sections.items():
-            said = {key: value for key, value in given.items() if value is not None}
-            config = evolve(config, **{name: evolve(getattr(config, name), **said)})
-    except ValueError as error:
-        raise SageIRError(Diagnostic(str(error))) from None
-    if kv_schema is not None:
-        config = evolve(config, kv_schema=KVSchemaConfig.parse(kv_schema))
-    find_backend(config.engine.backend)
-    return config
-
-
-def run_here(
-    config: "SageConfig", gateway: str | None, *, patient: bool, file: Path | None = None
-) -> None:
-    """Serve in this process, and say where. `file`: what the configuration was read from."""
-    from sagellm_ir.runtime.config import FILE_VARIABLE
-
-    if file is not None:
-        # An engine's loader and its workers read the configuration themselves.
-        os.environ[FILE_VARIABLE] = str(file.resolve())
-    try:
-        from sagellm_ir.runtime.control_plane.serving import serve_engine
-    except ImportError as error:
-        raise SageIRError(
-            Diagnostic(f"serving needs {error.name}", help="pip install 'sagellm-ir[server]'")
-        ) from None
-    from sagellm_ir.runtime.control_plane.processes import EngineProcess, Engines
-
-    engines, chosen = Engines(), config.engine
-    process = EngineProcess(chosen.id, os.getpid(), chosen.backend, chosen.model, gateway=gateway)
-
-    def started(host: str, port: int) -> None:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        engines.write(evolve(process, url=url))
-        shared.note(f"{chosen.model} is served at {url}/v1 by engine {chosen.id!r}")
-
-    with engines.claim(chosen.id):
-        engines.write(process)
-        with shared.working(f"loading {chosen.model}"):
-            serve_engine(config, gateway=gateway, patient=patient, started=started)
-
-
-@shared.command(app, "start", example="llm engine start smollm2-135m --kv-schema preset=fp8")
+@shared.command(app, "start", example="smollm2-135m --kv-schema preset=fp8")
 def start(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A known name, a folder or a file.")
@@ -113,20 +30,20 @@ def start(
     engine_kind: Annotated[
         str, typer.Option("--engine-kind", metavar="KIND", help="Only sagellm can be started.")
     ] = OURS,
-    engine_id: Annotated[str | None, EngineId] = None,
-    backend: Annotated[str | None, Backend] = None,
-    kv_schema: Annotated[str | None, KVSchema] = None,
-    pipeline: Annotated[str | None, PipelineText] = None,
-    host: Annotated[str | None, Host] = None,
-    port: Annotated[int, Port] = 0,
-    instance_type: Annotated[str | None, InstanceType] = None,
-    gateway: Annotated[str | None, Gateway] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Register with no gateway.")] = False,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log here.")] = False,
+    engine_id: Annotated[str | None, serving.EngineId] = None,
+    backend: Annotated[str | None, serving.Backend] = None,
+    kv_schema: Annotated[str | None, serving.KVSchema] = None,
+    pipeline: Annotated[str | None, serving.PipelineText] = None,
+    host: Annotated[str | None, serving.Host] = None,
+    port: Annotated[int, serving.Port] = 0,
+    instance_type: Annotated[str | None, serving.InstanceType] = None,
+    gateway: Annotated[str | None, serving.Gateway] = None,
+    alone: Annotated[bool, flag("--alone", help="Register with no gateway.")] = False,
+    foreground: Annotated[bool, flag("--foreground", help="Stay, and log here.")] = False,
     wait: Annotated[
         float, typer.Option("--wait", min=0, help="Seconds until it must serve.")
     ] = 600,
-    config: Annotated[Path | None, ConfigFile] = None,
+    config: Annotated[Path | None, serving.ConfigFile] = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Start an engine; returns when it serves. It registers with the gateway of this machine."""
@@ -136,12 +53,12 @@ def start(
     _check_kind(engine_kind)
     engines = Engines()
     said = {
-        "id": engine_id or _free_id(engines),
+        "id": engine_id or free_id(engines),
         "model": model,
         "backend": backend,
         "pipeline": pipeline,
     }
-    chosen = choose(
+    chosen = serving.choose(
         config,
         engine=said,
         server={"host": host, "port": port},
@@ -150,10 +67,10 @@ def start(
     )
     wanted = None if alone else gateway or chosen.control_plane.gateway or gateway_url()
     if foreground:
-        run_here(chosen, wanted, patient=gateway is None, file=config)
+        serving.serve_here(chosen, wanted, patient=gateway is None, file=config)
         return
-    words = _words(chosen, kv_schema, config, wanted, patient=gateway is None)
-    process = _start_behind(engines, chosen.engine.id, words, wait)
+    words = words_of(chosen, kv_schema, config, wanted, patient=gateway is None)
+    process = start_behind(engines, chosen.engine.id, words, wait)
     if as_json:
         shared.emit_json(asdict(process))
     else:
@@ -171,77 +88,14 @@ def _check_kind(kind: str) -> None:
     if kind in ("vllm", "lmdeploy", "llm"):
         help_ = (
             f"run it planned: --engine-kind sagellm --backend {kind}; or start its own server and "
-            "`sage infer llm engine attach URL`"
+            "`sagellm-ir llm engine attach URL`"
         )
     else:
         help_ = suggest(kind, (OURS,))
     raise SageIRError(Diagnostic(f"engine kind {kind!r} cannot be started here", help=help_))
 
 
-def _free_id(engines: "Engines") -> str:
-    number = 0
-    while engines.get(f"sagellm-{number}") is not None:
-        number += 1
-    return f"sagellm-{number}"
-
-
-def _words(
-    config: "SageConfig",
-    kv_schema: str | None,
-    file: Path | None,
-    gateway: str | None,
-    patient: bool,
-) -> list[str]:
-    """The same start, as words for a process of its own."""
-    chosen, server = config.engine, config.server
-    words = ["llm", "engine", "start", chosen.model, "--foreground", "--engine-id", chosen.id]
-    words += ["--backend", chosen.backend, "--pipeline", chosen.pipeline]
-    words += ["--host", server.host, "--port", str(server.port)]
-    words += ["--instance-type", config.control_plane.instance_type]
-    words += ["--kv-schema", kv_schema] if kv_schema else []
-    words += ["--config", str(file)] if file else []
-    if gateway is None:
-        words.append("--alone")
-    elif not patient:
-        words += ["--gateway", gateway]
-    return words
-
-
-def _start_behind(
-    engines: "Engines", engine_id: str, words: list[str], wait: float
-) -> "EngineProcess":
-    """Start a process and wait until it serves.
-
-    Raises:
-        SageIRError: it ends before that, or takes too long; what it said is told.
-    """
-    path = engines.log(engine_id)
-    with open(path, "w") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "sagellm_ir", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    until = time.monotonic() + wait
-    with shared.working(f"starting engine {engine_id}"):
-        while child.poll() is None:
-            process = engines.get(engine_id)
-            if process is not None and process.pid == child.pid and process.ready:
-                return process
-            if time.monotonic() > until:
-                child.terminate()
-                message = f"engine {engine_id!r} does not serve after {wait:g} s"
-                raise SageIRError(Diagnostic(message, help=f"its log: {path}"))
-            time.sleep(0.05)
-    said = path.read_text(errors="replace")[-LOG_TAIL:].strip()
-    raise SageIRError(
-        Diagnostic(f"engine {engine_id!r} ended before it served", notes=tuple(said.splitlines()))
-    )
-
-
-@shared.command(app, "list", example="llm engine list --json")
+@shared.command(app, "list", example="--json")
 def list_engines(
     gateway: Annotated[
         str | None, typer.Option("--gateway", metavar="URL", help="List the engines it knows.")
@@ -253,20 +107,25 @@ def list_engines(
         from sagellm_ir.runtime.control_plane.client import UnifiedInferenceClient
 
         with UnifiedInferenceClient.create(gateway, timeout=10.0) as client:
-            _show(f"Engines at {gateway}", client.engines(), as_json)
-        return
-    from sagellm_ir.runtime.control_plane.processes import Engines
+            title, rows = f"Engines at {gateway}", client.engines()
+    else:
+        from sagellm_ir.runtime.control_plane.processes import Engines
 
-    rows = [
-        {**asdict(process), "state": "READY" if process.ready else "STARTING"}
-        for process in Engines().running()
-    ]
-    _show("Engines", rows, as_json)
-
-
-def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+        title = "Engines of this machine"
+        rows = [
+            {**asdict(process), "state": "READY" if process.ready else "STARTING"}
+            for process in Engines().running()
+        ]
     if as_json:
         shared.emit_json(rows)
+    else:
+        print_engines(title, rows)
+
+
+def print_engines(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table of engines, as this machine's files or a gateway tell of them."""
+    if not rows:
+        shared.note(f"{title}: none; `sagellm-ir llm engine start MODEL` starts one")
         return
     shared.print_table(
         title,
@@ -283,7 +142,7 @@ def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     )
 
 
-@shared.command(app, "status", example="llm engine status sagellm-0")
+@shared.command(app, "status", example="sagellm-0")
 def status(
     engine_id: Annotated[str, typer.Argument(metavar="ID", help="Of `llm engine list`.")],
     as_json: shared.AsJson = False,
@@ -313,16 +172,16 @@ def status(
     shared.print_table(f"Engine {engine_id}", ("what", "value"), [*rows, *load.items()])
 
 
-@shared.command(app, "stop", example="llm engine stop sagellm-0")
+@shared.command(app, "stop", example="sagellm-0")
 def stop(
     engine_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Of `llm engine list`.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of this machine.")] = False,
+    everything: Annotated[bool, flag("--all", help="All of this machine.")] = False,
     wait: Annotated[
         float, typer.Option("--wait", min=0, help="Seconds for running requests to end.")
     ] = 60,
-    kill: Annotated[bool, typer.Option("--kill", help="End it at once after that.")] = False,
+    kill: Annotated[bool, flag("--kill", help="End it at once after that.")] = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Stop engines: they take nothing new, finish what runs, deregister, and end."""
@@ -344,7 +203,7 @@ def stop(
         )
 
 
-@shared.command(app, "attach", example="llm engine attach http://gpu1:PORT --model qwen")
+@shared.command(app, "attach", example="http://gpu1:PORT --model qwen")
 def attach(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a server with an OpenAI API.")],
     model: Annotated[
@@ -353,8 +212,8 @@ def attach(
     engine_kind: Annotated[
         str, typer.Option("--engine-kind", metavar="KIND", help="vllm, lmdeploy, ...")
     ] = "vllm",
-    engine_id: Annotated[str | None, EngineId] = None,
-    gateway: Annotated[str | None, Gateway] = None,
+    engine_id: Annotated[str | None, serving.EngineId] = None,
+    gateway: Annotated[str | None, serving.Gateway] = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Make a running server of another engine known to a gateway, which then checks its health."""

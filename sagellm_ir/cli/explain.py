@@ -25,7 +25,7 @@ BECAUSE = {
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    example = "explain age --request examples/chat_shared_document.jsonl"
+    example = "age --request examples/chat_shared_document.jsonl"
     shared.command(app, "explain", example=example)(explain)
 
 

@@ -7,25 +7,17 @@ import typer
 from attrs import evolve
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.engine import print_engines
+from sagellm_ir.cli.help import group
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="gateway",
-    no_args_is_help=True,
-    help="One address in front of a fleet of engines.",
-    epilog="Example: sage gateway start",
-)
+app = group("gateway", "One address in front of a fleet of engines.", example="start")
 KINDS = ("auto", "sage", "stock", "own")
 
 
-@app.callback()
-def _group() -> None:
-    """One address in front of a fleet of engines."""
-
-
-@shared.command(app, "start", example="gateway start --prefer domestic")
+@shared.command(app, "start", example="--prefer domestic")
 def start(
     kind: Annotated[
         str,
@@ -87,7 +79,7 @@ def start(
         gateways.run_own(place, router, found.limits, started)
 
 
-@shared.command(app, "status", example="gateway status --json")
+@shared.command(app, "status", example="--json")
 def status(
     url: Annotated[
         str | None, typer.Option("--gateway", metavar="URL", help="Default: this machine's.")
@@ -107,11 +99,4 @@ def status(
     if as_json:
         shared.emit_json(found)
         return
-    shared.print_table(
-        f"Gateway {place}",
-        ("engine", "state", "model", "where"),
-        (
-            (e["engine_id"], e["state"], e["model_id"], f"{e['host']}:{e['port']}")
-            for e in found["engines"]
-        ),
-    )
+    print_engines(f"Gateway {place}", found["engines"])

@@ -7,6 +7,7 @@ import typer
 
 from sagellm_ir.cli import shared, watching
 from sagellm_ir.cli.compiling import choose_pipeline, start
+from sagellm_ir.cli.help import flag, group
 from sagellm_ir.cli.passes_table import print_passes, print_what_passes_did
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.lowering.plan import ExecutionPlan
@@ -20,24 +21,23 @@ from sagellm_ir.verify import verify
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="ir",
-    no_args_is_help=True,
-    help="Show, check and rewrite graphs.",
-    epilog="Example: sage infer ir dump --request examples/chat_shared_document.jsonl -O2",
+app = group(
+    "ir",
+    "Show, check and rewrite graphs.",
+    example="dump --request examples/chat_shared_document.jsonl -O2",
 )
 
 STAGES = ("built", "optimised", "scheduled", "plan")
 FORMATS = ("text", "json", "dot", "mermaid")
 
 Provenance = Annotated[
-    bool, typer.Option("--provenance", help="Show where each node was written and what made it.")
+    bool, flag("--provenance", help="Show where each node was written and what made it.")
 ]
 Graph = Annotated[str, typer.Argument(metavar="FILE", help="A graph as text; `-` for stdin.")]
 
 
 @shared.command(
-    app, "dump", example="ir dump --request examples/chat_shared_document.jsonl -O2 --stage built"
+    app, "dump", example="--request examples/chat_shared_document.jsonl -O2 --stage built"
 )
 def dump(
     request: shared.Requests = None,
@@ -102,14 +102,14 @@ def _print_plan(plan: ExecutionPlan, form: str) -> str:
     return plan_text(plan)
 
 
-@shared.command(app, "passes", example="ir passes --show --request examples/tokens.jsonl --diff")
+@shared.command(app, "passes", example="--request examples/tokens.jsonl --diff")
 def passes(
-    show: Annotated[bool, typer.Option("--show", help="With options and laws.")] = False,
+    show: Annotated[bool, flag("--show", help="Without --request: with options and laws.")] = False,
     request: shared.Requests = None,
     level: shared.Level = 2,
     pipeline: shared.PipelineText = None,
     diff: Annotated[
-        bool, typer.Option("--diff", help="With --request: what each pass changed, line by line.")
+        bool, flag("--diff", help="With --request: what each pass changed, line by line.")
     ] = False,
     target: shared.TargetName = "cpu",
     overrides: shared.Overrides = None,
@@ -121,13 +121,15 @@ def passes(
 ) -> None:
     """List the passes and presets or, with requests, show what each pass does to them."""
     if not request:
+        if diff:
+            raise typer.BadParameter("--diff shows what passes do to requests: add --request FILE")
         print_passes(full=show, as_json=as_json)
         return
     compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     print_what_passes_did(compilation.graph, choose_pipeline(level, pipeline), diff, as_json)
 
 
-@shared.command(app, "opt", example="ir opt -p canonicalize,prefix-dedup graph.ir")
+@shared.command(app, "opt", example="-p canonicalize,prefix-dedup graph.ir")
 def opt(
     graph: Graph = "-",
     level: Annotated[
@@ -157,7 +159,7 @@ def opt(
     shared.emit(_print(result, "json" if as_json else "text", provenance), output)
 
 
-@shared.command(app, "verify", example="ir verify graph.ir")
+@shared.command(app, "verify", example="graph.ir")
 def check(graph: Graph = "-", as_json: shared.AsJson = False) -> None:
     """Check a graph against all laws."""
     parsed = parse_graph(shared.read_text(graph), graph)
@@ -168,12 +170,12 @@ def check(graph: Graph = "-", as_json: shared.AsJson = False) -> None:
     shared.note(f"{graph}: a valid {parsed.stage} graph of {len(parsed.nodes)} nodes")
 
 
-@shared.command(app, "diff", example="ir diff before.ir after.ir")
+@shared.command(app, "diff", example="before.ir after.ir")
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A graph as text.")],
     after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="Exit with 1 when they differ, as git diff does.")
+        bool, flag("--exit-code", help="Exit with 1 when they differ, as git diff does.")
     ] = False,
     as_json: shared.AsJson = False,
 ) -> None:
@@ -193,11 +195,11 @@ def diff(
         raise typer.Exit(1)
 
 
-@shared.command(app, "repro", example="ir repro repro.ir")
+@shared.command(app, "repro", example="repro.ir")
 def repro(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What a failing pass left behind.")],
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="Find the first rewrite that makes it fail.")
+        bool, flag("--bisect", help="Find the first rewrite that makes it fail.")
     ] = False,
     as_json: shared.AsJson = False,
 ) -> None:

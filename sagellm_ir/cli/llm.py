@@ -5,44 +5,35 @@ from typing import Annotated
 
 import typer
 
-from sagellm_ir.cli import engine, shared
+from sagellm_ir.cli import engine, serving, shared
+from sagellm_ir.cli.help import group
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="llm",
-    no_args_is_help=True,
-    help="Serve models: engines with an OpenAI API.",
-    epilog="Example: sage llm serve smollm2-135m",
-)
-
-
-@app.callback()
-def _group() -> None:
-    """Serve models: engines with an OpenAI API."""
+app = group("llm", "Serve models: engines with an OpenAI API.", example="serve smollm2-135m")
 
 
 app.add_typer(engine.app)
 
 
-@shared.command(app, "serve", example="llm serve smollm2-135m --kv-schema preset=fp8")
+@shared.command(app, "serve", example="smollm2-135m --kv-schema preset=fp8")
 def serve(
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="A known name, a folder or a file."),
     ] = None,
-    engine_id: Annotated[str | None, engine.EngineId] = None,
-    backend: Annotated[str | None, engine.Backend] = None,
-    kv_schema: Annotated[str | None, engine.KVSchema] = None,
-    pipeline: Annotated[str | None, engine.PipelineText] = None,
-    host: Annotated[str | None, engine.Host] = None,
-    port: Annotated[int | None, engine.Port] = None,
-    instance_type: Annotated[str | None, engine.InstanceType] = None,
-    gateway: Annotated[str | None, engine.Gateway] = None,
-    config: Annotated[Path | None, engine.ConfigFile] = None,
+    engine_id: Annotated[str | None, serving.EngineId] = None,
+    backend: Annotated[str | None, serving.Backend] = None,
+    kv_schema: Annotated[str | None, serving.KVSchema] = None,
+    pipeline: Annotated[str | None, serving.PipelineText] = None,
+    host: Annotated[str | None, serving.Host] = None,
+    port: Annotated[int | None, serving.Port] = None,
+    instance_type: Annotated[str | None, serving.InstanceType] = None,
+    gateway: Annotated[str | None, serving.Gateway] = None,
+    config: Annotated[Path | None, serving.ConfigFile] = None,
 ) -> None:
     """Serve a model here until Ctrl-C or SIGTERM; running requests finish first."""
-    chosen = engine.choose(
+    chosen = serving.choose(
         config,
         engine={"id": engine_id, "model": model, "backend": backend, "pipeline": pipeline},
         server={"host": host, "port": port},
@@ -53,4 +44,4 @@ def serve(
 
     plane = chosen.control_plane
     wanted = gateway or plane.gateway or (gateway_url() if plane.attach else None)
-    engine.run_here(chosen, wanted, patient=gateway is None, file=config)
+    serving.serve_here(chosen, wanted, patient=gateway is None, file=config)

@@ -8,16 +8,18 @@ from typing import Annotated
 import typer
 
 from sagellm_ir.cli import backend, config, explain, gateway, ir, llm, patches, plan, run, schema
+from sagellm_ir.cli.help import Group, flag
 from sagellm_ir.runtime.native import set_defaults
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="sagellm-ir",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Compile LLM requests to execution plans, inspect them, and run them.",
-    epilog="Example: sage infer run --prompt 'What is the capital of France?'",
+    epilog="run --prompt 'What is the capital of France?'",
 )
 
 
@@ -31,7 +33,7 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        flag("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None: ...
 

@@ -45,7 +45,7 @@ def print_passes(full: bool, as_json: bool) -> None:
         shared.emit_json({"passes": passes, "presets": PRESETS})
         return
     if full:
-        console = Console(highlight=False)
+        console = Console(highlight=False, soft_wrap=True)
         for item in passes:
             stages = f"{' or '.join(item['needs'])} -> {item['gives'] or 'the same'}"
             console.print(f"[bold]{item['name']}[/bold]  [dim]{stages}[/dim]")

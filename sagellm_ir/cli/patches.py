@@ -7,18 +7,14 @@ import typer
 from attrs import asdict
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.help import group
 
 if TYPE_CHECKING:
     from sagellm_ir.runtime.engines.lmdeploy.patching import PatchStatus
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="patches",
-    no_args_is_help=True,
-    help="The patches that let plans drive LMDeploy's scheduler.",
-    epilog="Example: sage infer patches status",
-)
+app = group("patches", "The patches that let plans drive LMDeploy's scheduler.", example="status")
 
 TargetTree = Annotated[
     str | None,
@@ -32,7 +28,7 @@ TargetTree = Annotated[
 ]
 
 
-@shared.command(app, "apply", example="patches apply --target installed")
+@shared.command(app, "apply", example="--target installed")
 def apply(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
     """Patch a tree: all files or none."""
     from sagellm_ir.runtime.engines.lmdeploy import patching
@@ -40,7 +36,7 @@ def apply(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
     _run(patching.apply, target, as_json)
 
 
-@shared.command(app, "revert", example="patches revert --target installed")
+@shared.command(app, "revert", example="--target installed")
 def revert(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
     """Undo `patches apply`."""
     from sagellm_ir.runtime.engines.lmdeploy import patching
@@ -48,7 +44,7 @@ def revert(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
     _run(patching.revert, target, as_json)
 
 
-@shared.command(app, "status", example="patches status --json")
+@shared.command(app, "status", example="--json")
 def status(target: TargetTree = None, as_json: shared.AsJson = False) -> None:
     """How far a tree is patched."""
     from sagellm_ir.runtime.engines.lmdeploy import patching

@@ -14,9 +14,7 @@ __all__ = ["add_to"]
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    shared.command(app, "plan", example="plan -r examples/chat_shared_document.jsonl -o plan.json")(
-        plan
-    )
+    shared.command(app, "plan", example="-r examples/chat_shared_document.jsonl -o plan.json")(plan)
 
 
 def plan(

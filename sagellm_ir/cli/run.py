@@ -16,6 +16,7 @@ from sagellm_ir.cli.compiling import (
     compile_requests,
     read_requests,
 )
+from sagellm_ir.cli.help import flag
 from sagellm_ir.cli.run_engines import ENGINES, EngineChoice, MakeEngine, opened
 from sagellm_ir.cli.simulate import simulate
 from sagellm_ir.cli.watching import REPRO
@@ -23,6 +24,7 @@ from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.passes.instruments import Reproducer
 from sagellm_ir.request import ChatPrompt, Message, Request
 from sagellm_ir.requests import Loaded
+from sagellm_ir.runtime.engines import find_backend
 
 if TYPE_CHECKING:
     from sagellm_ir.lowering.plan import ExecutionPlan
@@ -34,7 +36,7 @@ __all__ = ["add_to"]
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    shared.command(app, "run", example="run --prompt 'What is the capital of France?'")(run)
+    shared.command(app, "run", example="--prompt 'What is the capital of France?'")(run)
 
 
 @frozen
@@ -49,7 +51,8 @@ class _Job:
 def run(
     request: shared.Requests = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A question, instead of a file.")
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="A question, instead of a file; repeated."),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="A plan file, instead.")
@@ -58,7 +61,9 @@ def run(
         str | None,
         typer.Option(metavar="NAME|FOLDER|FILE", help="The model; default: the target's."),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="Arithmetic.")
+    ] = "float32",
     engine: Annotated[
         str, typer.Option(metavar="|".join(ENGINES), help="What runs the plan.")
     ] = "embedded",
@@ -72,7 +77,7 @@ def run(
     limit: shared.Limit = None,
     max_new: shared.MaxNew = 128,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Answers are as long as planned.")
+        bool, flag("--ignore-eos", help="Answers are as long as planned.")
     ] = False,
     trace: Annotated[
         Path | None,
@@ -85,6 +90,7 @@ def run(
     if sum(bool(source) for source in (request, prompt, plan)) != 1:
         raise typer.BadParameter("give one of --request, --prompt and --plan")
     shared.one_of("--engine", engine, ENGINES)
+    find_backend(engine).require()
     choice = EngineChoice(engine, model, dtype, kv_schema, ignore_eos)
     if plan is not None:
         job = _load(plan, choice, trace)
@@ -128,7 +134,7 @@ def _load(path: Path, choice: EngineChoice, trace: Path | None) -> _Job:
         _, make = choice.load(target.model)
     except SageIRError as error:
         message = f"{path} is for target {target.name!r} with model {target.model.name!r}, which "
-        help_ = "compile the requests for a target of this machine (`sage infer plan --target cpu`)"
+        help_ = "compile the requests for a target of this machine (`sagellm-ir plan --target cpu`)"
         if choice.model is None:
             help_ += f", or say where {target.model.name!r} is with --model"
         notes = tuple(str(found.message) for found in error.diagnostics)

@@ -11,7 +11,6 @@ from attrs import frozen
 
 from sagellm_ir.cli import shared
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.runtime.engines import find_backend
 from sagellm_ir.target import ModelSpec, Target
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class EngineChoice:
             shape: the target's; its name is the model's unless the user names one.
 
         Raises:
-            SageIRError: the engine is not installed, or there is no such model.
+            SageIRError: there is no such model.
         """
         from sagellm_ir.runtime.protocols import KVSchemaConfig
 
@@ -50,7 +49,6 @@ class EngineChoice:
             from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 
             return schema.fit(shape, self.dtype), SimulatorEngine
-        find_backend(self.kind).require()
         name = self.model or shape.name
         with shared.working(f"loading {name}"):
             if self.kind == "embedded":

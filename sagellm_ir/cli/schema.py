@@ -5,18 +5,18 @@ from typing import Annotated
 import typer
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.help import group
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="schema",
-    no_args_is_help=True,
-    help="JSON Schemas of plans, graphs, configuration and protocols.",
-    epilog="Example: sage infer schema dump ExecutionPlan > plan.schema.json",
+app = group(
+    "schema",
+    "JSON Schemas of plans, graphs, configuration and protocols.",
+    example="dump ExecutionPlan > plan.schema.json",
 )
 
 
-@shared.command(app, "dump", example="schema dump ExecutionPlan -o plan.schema.json")
+@shared.command(app, "dump", example="ExecutionPlan -o plan.schema.json")
 def dump(
     name: Annotated[
         str | None, typer.Argument(metavar="[TYPE]", help="One type, for example ExecutionPlan.")
@@ -29,7 +29,7 @@ def dump(
     shared.emit_json(every_schema() if name is None else schema(name), output)
 
 
-@shared.command(app, "docs", example="schema docs -o docs/protocols.md")
+@shared.command(app, "docs", example="-o docs/protocols.md")
 def docs(output: shared.Out = None) -> None:
     """Print what all types and their fields mean, as Markdown."""
     from sagellm_ir.runtime.protocols.catalogue import document

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sagellm_ir.cli.help import Command, flag
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.files import write_atomic
 
@@ -77,10 +78,15 @@ TokenizerName = Annotated[
         help="How text becomes tokens. `auto`: the target's model if it is here, else bytes.",
     ),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first N requests.")]
+SkipBad = Annotated[bool, flag("--skip-bad", help="Count bad lines and go on.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N requests.")
+]
 MaxNew = Annotated[
-    int, typer.Option("--max-new", min=1, help="Tokens to generate where a request does not say.")
+    int,
+    typer.Option(
+        "--max-new", metavar="N", min=1, help="Tokens to generate where a request does not say."
+    ),
 ]
 KVSchema = Annotated[
     str,
@@ -90,7 +96,7 @@ KVSchema = Annotated[
         help="How KV is stored; `auto`: in the model's type.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+AsJson = Annotated[bool, flag("--json", help="Print JSON for programs.")]
 Out = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write here instead of standard output."),
@@ -112,16 +118,14 @@ def note(message: str) -> None:
     stderr().print(message, style="dim", markup=False)
 
 
-def typed(words: str) -> str:
-    """A command as one types it: `llm` and `gateway` stand beside `infer`."""
-    beside = words.split()[0] in ("llm", "gateway")
-    return f"sage {words}" if beside else f"sage infer {words}"
-
-
 def command(
     app: typer.Typer, name: str, *, example: str
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
-    """Adds a command whose help ends with an example and whose user errors exit with 1."""
+    """Adds a command whose user errors exit with 1.
+
+    Args:
+        example: the words behind the command's name, shown at the end of its help.
+    """
 
     def decorate(function: Callable[Args, Result]) -> Callable[Args, Result]:
         @functools.wraps(function)
@@ -139,7 +143,7 @@ def command(
                 note("interrupted")
                 raise typer.Exit(130) from None
 
-        app.command(name, epilog=f"Example: {typed(example)}")(guarded)
+        app.command(name, cls=Command, epilog=example)(guarded)
         return function
 
     return decorate

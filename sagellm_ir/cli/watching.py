@@ -7,6 +7,7 @@ import typer
 from attrs import field, frozen
 
 from sagellm_ir.cli import shared
+from sagellm_ir.cli.help import flag
 from sagellm_ir.passes.instruments import (
     Diff,
     Dump,
@@ -18,9 +19,9 @@ from sagellm_ir.passes.instruments import (
 
 __all__ = ["REPRO", "DumpDir", "PrintDiff", "ReproFile", "ShowStatistics", "ShowTiming", "Watch"]
 
-ShowTiming = Annotated[bool, typer.Option("--timing", help="How long each pass took.")]
-ShowStatistics = Annotated[bool, typer.Option("--stats", help="What each pass did, how often.")]
-PrintDiff = Annotated[bool, typer.Option("--print-diff", help="What each pass changed.")]
+ShowTiming = Annotated[bool, flag("--timing", help="How long each pass took.")]
+ShowStatistics = Annotated[bool, flag("--stats", help="What each pass did, how often.")]
+PrintDiff = Annotated[bool, flag("--print-diff", help="What each pass changed.")]
 DumpDir = Annotated[
     Path | None,
     typer.Option(

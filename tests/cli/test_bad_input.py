@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_ir.runtime.engines import find_backend
 from tests.cli.conftest import Cli
 
 TOKENS = "examples/tokens.jsonl"
@@ -32,6 +33,11 @@ ILL_TYPED = (
         (("ir", "dump", "-r", TOKENS, "--set", "max_batch=-1"), "max_batch"),
         (("ir", "dump", "-r", TOKENS, "--set", "max_tokns=1"), "did you mean 'max_tokens'?"),
         (("ir", "dump", "-r", TOKENS, "--set", "max_tokens"), "expected KEY=VALUE"),
+        (("ir", "dump", "-r", TOKENS, "--set", "name=["), "--set name=["),
+        (("ir", "dump", "-r", TOKENS, "--set", "tp=1", "--set", "tp.a=2"), "each KEY once"),
+        (("ir", "dump", "-r", TOKENS, "--target", "Makefile"), "end it with .yaml"),
+        (("ir", "dump", "-r", TOKENS, "--target", "./examples/tokens.jsonl"), "is not YAML"),
+        (("gateway", "status", "--gateway", "http://"), "expected http://HOST:PORT"),
         (("ir", "dump", "-r", TOKENS, "--set", "tiers.device.blocks=1"), "blocks"),
         (("ir", "verify", "nowhere.ir"), "cannot read nowhere.ir"),
         (("run", "--plan", "nowhere.json"), "nowhere.json"),
@@ -126,6 +132,13 @@ def test_a_plan_for_another_target(cli: Cli, tmp_path: Path) -> None:
     assert (ran.code, ran.out) == (1, "")
     assert "is for target 'h200' with model 'qwen2.5-7b'" in ran.err
     assert "--target cpu" in ran.err
+
+
+@pytest.mark.skipif(not find_backend("vllm").missing, reason="vLLM is here")
+def test_a_plan_for_an_engine_that_is_not_installed(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("run", "--plan", str(plan_file(cli, tmp_path)), "--engine", "vllm")
+    assert (ran.code, ran.out) == (1, "")
+    assert "pip install 'sagellm-ir[vllm]'" in ran.err
 
 
 def test_a_model_folder_without_weights(cli: Cli, tmp_path: Path) -> None:

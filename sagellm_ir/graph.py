@@ -1,6 +1,5 @@
 """`IRGraph`: an immutable DAG of nodes in SSA form, with the requests and the target it is for."""
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,16 +115,6 @@ class IRGraph:
             return cast("Columns", object.__getattribute__(self, "columns"))
         except AttributeError:
             return None
-
-    def fresh_name(self, base: str, taken: Iterable[str] = ()) -> str:
-        """`base`, or `base.1`, `base.2`, ...: the first that is neither in the graph nor taken."""
-        used = {*self.by_name, *taken}
-        if base not in used:
-            return base
-        number = 1
-        while f"{base}.{number}" in used:
-            number += 1
-        return f"{base}.{number}"
 
     def to_networkx(self) -> "nx.DiGraph[str]":
         """The nodes and their data (`kind="data"`) and order (`kind="order"`) edges."""

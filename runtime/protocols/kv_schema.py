@@ -67,11 +67,6 @@ class KVCacheSchema:
         return cls(model.layers, model.kv_heads, model.head_dim, block_size, dtype, scales)
 
     @property
-    def quantised(self) -> bool:
-        """Whether elements are stored in eight bits."""
-        return self.dtype in QUANTISED
-
-    @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of all layers, and their scales."""
         heads = 2 * self.layers * self.kv_heads

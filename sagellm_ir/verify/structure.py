@@ -2,18 +2,14 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Edges, places
+from sagellm_ir.columns import NONE, Columns, places
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
 from sagellm_ir.target import DEVICE
 from sagellm_ir.verify.report import Finding
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 __all__ = ["LAWS"]
 
@@ -79,22 +75,13 @@ def _cycle(c: Columns) -> list[str]:
     """The names along a cycle, from the earliest one back to it; empty when there is none."""
     import networkx as nx  # takes longer to import than all of the IR
 
-    digraph: nx.DiGraph[str] = nx.DiGraph()
-    for edges in (c.operands, c.after):
-        _add(digraph, edges, c.names)
     try:
-        found = nx.find_cycle(digraph)
+        found = nx.find_cycle(c.graph.to_networkx().reverse())
     except nx.NetworkXNoCycle:
         return []
     names = [edge[0] for edge in found]
     first = min(range(len(names)), key=lambda k: c.index[names[k]])
     return [*names[first:], *names[: first + 1]]
-
-
-def _add(digraph: "nx.DiGraph[str]", edges: Edges, names: list[str]) -> None:
-    known = np.flatnonzero(edges.target != NONE)
-    pairs = np.stack((edges.user[known], edges.target[known]), axis=1).tolist()
-    digraph.add_edges_from((names[user], names[target]) for user, target in pairs)
 
 
 def known_requests(c: Columns) -> Iterator[Finding]:

@@ -3,9 +3,7 @@
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from functools import partial
 
-import torch
 from attrs import evolve
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
@@ -19,15 +17,10 @@ from sagellm_ir.runtime.backend import (
     Synchronous,
     TokenEvent,
 )
-from sagellm_ir.runtime.engines.embedded.attention import (
-    Row,
-    SharedSpan,
-    paged_attention,
-    plan_parts,
-)
+from sagellm_ir.runtime.engines.embedded.batch import make_batch
 from sagellm_ir.runtime.engines.embedded.checks import check_profile, check_request, check_target
-from sagellm_ir.runtime.engines.embedded.kernels import Attend, kernel_attention
-from sagellm_ir.runtime.engines.embedded.model import Batch, CausalLM
+from sagellm_ir.runtime.engines.embedded.kernels import kernel_attention
+from sagellm_ir.runtime.engines.embedded.model import CausalLM
 from sagellm_ir.runtime.engines.embedded.pool import KVPool
 from sagellm_ir.runtime.engines.embedded.sampling import draw
 from sagellm_ir.runtime.engines.embedded.sequence import Sequence
@@ -42,7 +35,7 @@ from sagellm_ir.runtime.protocols import (
     KVSchemaConfig,
 )
 from sagellm_ir.runtime.trace import Trace, TraceRow
-from sagellm_ir.target import DEVICE, Target
+from sagellm_ir.target import Target
 
 __all__ = ["EmbeddedEngine"]
 
@@ -259,7 +252,7 @@ class EmbeddedEngine(Synchronous):
         """One forward and its tokens."""
         start = time.perf_counter()
         work = ordered(step, worker, work)
-        batch = self._batch(step, worker, work)
+        batch = make_batch(step, worker, work, self.model.device, self._kernels)
         logits = self.model.forward(batch, worker.pool.layers)
         if self.trace is not None:
             self.trace.ran(worker.name, _traced(self.trace, worker, work))
@@ -276,55 +269,6 @@ class EmbeddedEngine(Synchronous):
             forward_seconds=time.perf_counter() - start,
         )
         return [sequence.push(*one) for sequence, one in zip(yielding, drawn, strict=True)]
-
-    def _batch(self, step: PlanStep, worker: WorkerMemory, work: list[Work]) -> Batch:
-        """Everything the layers share: ids, positions, slots, attention parts."""
-        device = self.model.device
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        rows: list[Row] = []
-        for item in work:
-            table = worker.tables[item.sequence.request.id]
-            context = item.stop if item.decode else item.start
-            rows.append(Row(len(ids), item.stop - item.start, context, table, item.decode))
-            ids += item.sequence.tokens[item.start : item.stop]
-            positions += range(item.start, item.stop)
-            for slot, count in table.spans(item.start, item.stop):
-                slots += range(slot, slot + count)
-            if item.yields:
-                last.append(len(ids) - 1)
-        ints = [torch.tensor(v, dtype=torch.int64) for v in (ids, positions, slots, last)]
-        moved = [tensor.to(device) for tensor in ints]
-        attend = self._attend(worker, rows, self._shared(step, work, rows))
-        return Batch(moved[0], moved[1], moved[2], attend, moved[3])
-
-    def _attend(self, worker: WorkerMemory, rows: list[Row], shared: list[SharedSpan]) -> Attend:
-        """Attention of a forward: by kernels where there are any, else in torch."""
-        if self._kernels and (attend := self._kernels.plan(rows, shared)):
-            return attend
-        slots = worker.pool.capacity[DEVICE] * worker.pool.block_size
-        return partial(paged_attention, parts=plan_parts(rows, shared, slots, self.model.device))
-
-    def _shared(self, step: PlanStep, work: list[Work], rows: list[Row]) -> list[SharedSpan]:
-        """A step's prefix groups, by row; checked, since a wrong one reads another's KV."""
-        place = {item.sequence.request.id: i for i, item in enumerate(work)}
-        shared = []
-        for group in step.groups:
-            found = (place[name] for name in group.requests if name in place)
-            # A chunk that is just computing these tokens reads them fresh.
-            members = tuple(i for i in found if rows[i].context >= group.stop)
-            spans = [rows[i].table.spans(group.start, group.stop) for i in members]
-            if any(span != spans[0] for span in spans):
-                raise SageIRError(
-                    Diagnostic(
-                        f"step {step.index} groups requests {', '.join(group.requests)} on tokens "
-                        f"[{group.start}, {group.stop}), but they do not hold the same blocks there"
-                    )
-                )
-            shared.append(SharedSpan(group.start, group.stop, members))
-        return shared
 
     def _sequence(self, request: str) -> Sequence:
         if request not in self._sequences:

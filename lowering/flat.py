@@ -4,7 +4,8 @@ from functools import cached_property
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints, Mask, grouped
+from sagellm_ir.arrays import NONE, Ints, Mask, grouped
+from sagellm_ir.columns import Columns
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KINDS, AllReduce, IRNode, KVNode

@@ -6,7 +6,8 @@ from functools import cached_property
 import numpy as np
 from attrs import frozen
 
-from sagellm_ir.columns import Columns, Ints, Mask, first_places
+from sagellm_ir.arrays import Ints, Mask, first_places
+from sagellm_ir.columns import Columns
 
 __all__ = ["BlockTable", "Cuts", "RadixTree", "ends_run"]
 

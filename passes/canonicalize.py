@@ -5,7 +5,8 @@ from typing import ClassVar
 import numpy as np
 from attrs import frozen
 
-from sagellm_ir.columns import NONE, Columns, Mask
+from sagellm_ir.arrays import NONE, Mask
+from sagellm_ir.columns import Columns
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVNode, Prefill
 from sagellm_ir.passes.base import Pass, PassContext

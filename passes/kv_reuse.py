@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from attrs import frozen
 
-from sagellm_ir.columns import Ints
+from sagellm_ir.arrays import Ints
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import CachedBlocks, IRGraph
 from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, Origin, Prefill

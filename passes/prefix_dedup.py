@@ -9,7 +9,8 @@ from typing import ClassVar, cast
 import numpy as np
 from attrs import field, frozen, validators
 
-from sagellm_ir.columns import NONE, Columns, Ints, Mask
+from sagellm_ir.arrays import NONE, Ints, Mask
+from sagellm_ir.columns import Columns
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, IRNode, KVFetch, Prefill

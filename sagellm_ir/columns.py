@@ -1,6 +1,6 @@
 """`Columns`: a graph as flat arrays, so that a law or a pass is a few array operations over all nodes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 from itertools import chain, compress, repeat
@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import numpy as np
-import numpy.typing as npt
 
+from sagellm_ir.arrays import NONE, Edges, Ints, Mask, first_places, ints, joined
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.target import DEVICE
 
 if TYPE_CHECKING:
     from sagellm_ir.graph import IRGraph
 
-__all__ = ["NONE", "Columns", "Edges", "Ints", "Mask", "first_places", "grouped", "places"]
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-NONE = -1
-"""Stands for no node, request, worker, tier or step."""
+__all__ = ["Columns"]
 
 _IDS = 1 << 63
 
@@ -39,20 +33,11 @@ _CODES: dict[type[IRNode], int] = {
 }
 
 
-def _ints(values: Iterable[Any], count: int = -1) -> Ints:
-    """Knowing the count, numpy need not grow the array."""
-    return np.fromiter(values, np.int64, count)
-
-
-def _joined(parts: list[Ints]) -> Ints:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
 def _indexes(values: list[Any], index: dict[Any, int]) -> Ints:
     """Where an index has some names; `NONE` where it does not."""
     if values.count(None) == len(values):
         return np.full(len(values), NONE, dtype=np.int64)
-    return _ints(map(index.get, values, repeat(NONE)))
+    return ints(map(index.get, values, repeat(NONE)))
 
 
 def _numbers(values: list[int | None]) -> Ints:
@@ -60,77 +45,7 @@ def _numbers(values: list[int | None]) -> Ints:
     unset = values.count(None)
     if unset == len(values):
         return np.full(unset, NONE, dtype=np.int64)
-    return _ints([NONE if value is None else value for value in values] if unset else values)
-
-
-def first_places(ids: Ints) -> Ints:
-    """For each of some ids >= 0, where it stands first. Ids are usually small: a table is enough."""
-    if not len(ids) or int(ids.max()) < 8 * len(ids):
-        table = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.int64)
-        table[ids[::-1]] = np.arange(len(ids) - 1, -1, -1)
-        return table[ids]
-    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
-    return first[which]
-
-
-def places(mask: Mask) -> list[int]:
-    """Where a mask is true. Of a short one, in a third of the time of `np.flatnonzero`."""
-    found: list[int] = mask.nonzero()[0].tolist()
-    return found
-
-
-def grouped(values: Ints, keys: Ints, count: int) -> list[list[int]]:
-    """For each key below `count`, the values that have it, in their order. Keys without values have
-    one empty list in common."""
-    flat = values[np.argsort(keys, kind="stable")].tolist()
-    groups, nothing, stop = [], list[int](), 0
-    for size in np.bincount(keys, minlength=count).tolist():
-        groups.append(flat[stop : stop + size] if size else nothing)
-        stop += size
-    return groups
-
-
-class Edges:
-    """Edges from nodes to the nodes they name.
-
-    Names are looked up as they are read: what is named stands mostly just before, so that its
-    place in the index is still in the processor's cache.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._counts: list[Ints] = []
-        self._targets: list[Ints] = []
-
-    def read(self, lists: Sequence[tuple[str, ...]], index: dict[str, int]) -> None:
-        """Takes what the next nodes name."""
-        names = list(chain.from_iterable(lists))
-        if not names:
-            self._counts.append(np.zeros(len(lists), np.int64))
-            return
-        self.names += names
-        self._counts.append(_ints(map(len, lists), len(lists)))
-        self._targets.append(_ints(map(index.get, names, repeat(NONE)), len(names)))
-
-    def close(self, index: dict[str, int]) -> None:
-        """All nodes are read: looks up what was named before it stood in the index."""
-        self.count = _joined(self._counts)
-        """For each node, how many names it gives."""
-        self.start = np.cumsum(self.count) - self.count
-        """For each node, its first edge, if it has one."""
-        self.user = np.repeat(np.arange(len(self.count)), self.count)
-        self.target = _joined(self._targets)
-        """For each edge, the node it names; `NONE` when there is no such node."""
-        for edge in np.flatnonzero(self.target == NONE).tolist():
-            self.target[edge] = index.get(self.names[edge], NONE)
-        self._counts.clear()
-        self._targets.clear()
-
-    def nth(self, nodes: Mask, place: Ints | int) -> Ints:
-        """What some nodes name at some place of their list; `NONE` for the other nodes."""
-        found: Ints = np.full(len(nodes), NONE, dtype=np.int64)
-        found[nodes] = self.target[(self.start + place)[nodes]]
-        return found
+    return ints([NONE if value is None else value for value in values] if unset else values)
 
 
 class Columns:
@@ -185,9 +100,9 @@ class Columns:
         for i in np.flatnonzero(self.code == _OTHER).tolist():
             self.is_kv[i] = isinstance(nodes[i], KVNode)
         request, start, stop = map(list, zip(*spans, strict=True)) if spans else ([], [], [])
-        self.request = self._spread(_joined(request), NONE)
-        self.start = self._spread(_joined(start), 0)
-        self.stop = self._spread(_joined(stop), 0)
+        self.request = self._spread(joined(request), NONE)
+        self.start = self._spread(joined(start), 0)
+        self.stop = self._spread(joined(stop), 0)
 
     @property
     def graph(self) -> "IRGraph":
@@ -209,7 +124,7 @@ class Columns:
         spans, count = cast(Sequence[KVNode], some), len(some)
         requests = map(self.request_index.get, [node.request for node in spans], repeat(NONE))
         starts, stops = [node.start for node in spans], [node.stop for node in spans]
-        return _ints(requests, count), _ints(starts, count), _ints(stops, count)
+        return ints(requests, count), ints(starts, count), ints(stops, count)
 
     def _spread(self, values: Ints, default: int) -> Ints:
         """Values of the KV nodes, with a default for the other nodes."""
@@ -222,12 +137,12 @@ class Columns:
     @cached_property
     def prompt(self) -> Ints:
         """Tokens of each request's prompt."""
-        return _ints([request.prompt_len for request in self.graph.requests])
+        return ints([request.prompt_len for request in self.graph.requests])
 
     @cached_property
     def end(self) -> Ints:
         """Tokens of each request, prompt and answer."""
-        return self.prompt + _ints([request.max_new_tokens for request in self.graph.requests])
+        return self.prompt + ints([request.max_new_tokens for request in self.graph.requests])
 
     @cached_property
     def ids(self) -> Ints:
@@ -235,9 +150,9 @@ class Columns:
         (it does not fit 64 bits) shows as -1."""
         blocks = [request.blocks for request in self.graph.requests]
         try:
-            return _ints(chain.from_iterable(blocks), int(self.id_count.sum()))
+            return ints(chain.from_iterable(blocks), int(self.id_count.sum()))
         except OverflowError:
-            return _ints(id if id < _IDS else NONE for ids in blocks for id in ids)
+            return ints(id if id < _IDS else NONE for ids in blocks for id in ids)
 
     @cached_property
     def first_id(self) -> Ints:
@@ -247,7 +162,7 @@ class Columns:
     @cached_property
     def id_count(self) -> Ints:
         """Block ids of each request."""
-        return _ints(map(len, [request.blocks for request in self.graph.requests]))
+        return ints(map(len, [request.blocks for request in self.graph.requests]))
 
     @cached_property
     def id_start(self) -> Ints:
@@ -260,7 +175,7 @@ class Columns:
         requests = self.graph.requests
         pairs = list(zip([r.adapter for r in requests], [r.tenant for r in requests], strict=True))
         spaces = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        return _ints(map(spaces.__getitem__, pairs))
+        return ints(map(spaces.__getitem__, pairs))
 
     @cached_property
     def worker(self) -> Ints:
@@ -348,4 +263,4 @@ class Columns:
                 last[prefix] = last[i]
             if source != NONE and last[source] < finish:
                 last[source] = finish
-        return _ints(last)
+        return ints(last)

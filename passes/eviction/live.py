@@ -3,7 +3,8 @@
 import numpy as np
 from attrs import frozen
 
-from sagellm_ir.columns import NONE, Columns, Ints
+from sagellm_ir.arrays import NONE, Ints
+from sagellm_ir.columns import Columns
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE

@@ -6,7 +6,8 @@ from collections import defaultdict
 import numpy as np
 from attrs import field, frozen
 
-from sagellm_ir.columns import NONE, Columns, grouped
+from sagellm_ir.arrays import NONE, grouped
+from sagellm_ir.columns import Columns
 from sagellm_ir.cost import CostModel
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch, KVMigrate

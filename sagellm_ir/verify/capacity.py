@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, Ints, places
+from sagellm_ir.arrays import NONE, Ints, places
+from sagellm_ir.columns import Columns
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import KVFetch
 from sagellm_ir.target import DEVICE

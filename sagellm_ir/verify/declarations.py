@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import Columns, Ints, places
+from sagellm_ir.arrays import Ints, places
+from sagellm_ir.columns import Columns
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.graph import STAGES
 from sagellm_ir.target import DEVICE

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, places
+from sagellm_ir.arrays import NONE, places
+from sagellm_ir.columns import Columns
 from sagellm_ir.nodes import AllReduce, KVNode
 from sagellm_ir.verify.report import Finding
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sagellm_ir.columns import NONE, Columns, places
+from sagellm_ir.arrays import NONE, places
+from sagellm_ir.columns import Columns
 from sagellm_ir.diagnostics import suggest
 from sagellm_ir.nodes import IRNode, KVFetch, KVMigrate, KVNode
 from sagellm_ir.target import DEVICE

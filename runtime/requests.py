@@ -1,6 +1,7 @@
 """`Requests`: what an online planner knows of the requests it was given, and who may start next."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from hashlib import blake2b
 
 from attrs import define, field
@@ -58,7 +59,8 @@ class Requests:
         self.jobs: dict[str, Job] = {}
         self.waiting: dict[str, Job] = {}
         """Those that hold no block and have tokens to come."""
-        self._size, self._model = target.block_size, target.model.name
+        self._size = target.block_size
+        self._space = lru_cache(maxsize=256)(partial(Namespace, target.model.name))
         self._ids = BlockIds(target.block_size)
         self._tidy_at = _FEW
         self._submitted = 0
@@ -66,7 +68,7 @@ class Requests:
 
     def add(self, request: PlanRequest, tokens: Sequence[int]) -> None:
         """Take up a request with this prompt."""
-        space = Namespace(self._model, request.adapter, request.tenant)
+        space = self._space(request.adapter, request.tenant)
         job = Job(request, self._submitted, *self._ids.of_prompt(tokens, space))
         self._submitted += 1
         self.jobs[request.id] = self.waiting[request.id] = job

@@ -9,11 +9,11 @@ tokens that collide with another's.
 from collections.abc import Container, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
-from itertools import count
+from itertools import count, takewhile
 from typing import TypeVar
 
 import numpy as np
-from attrs import frozen
+from attrs import define, frozen
 from numpy.typing import NDArray
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
@@ -27,6 +27,10 @@ DIGEST_SIZE = 16
 K = TypeVar("K")
 
 _hash = partial(blake2b, digest_size=DIGEST_SIZE)
+
+_RANGE = "token ids must be from 0 to 2**32 - 1"
+_LATELY = 64
+"""First blocks whose last prompt is remembered."""
 
 
 @frozen
@@ -59,62 +63,43 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
     return _chain(namespace.digest, _full_blocks(tokens, block_size), block_size)
 
 
-def _full_blocks(tokens: Sequence[int], block_size: int) -> NDArray[np.uint32]:
-    """The tokens of the full blocks, as they are hashed."""
+def _full_blocks(tokens: Sequence[int], block_size: int) -> NDArray[np.int64]:
+    """The tokens of the full blocks; an array that nobody else has."""
     full = len(tokens) // block_size * block_size
     try:
-        array = np.asarray(tokens[:full], dtype=np.int64)
+        return np.array(tokens[:full], dtype=np.int64)
     except OverflowError:
-        array = np.array([-1])
-    if full and (array.min() < 0 or array.max() >= 1 << 32):
-        raise ValueError("token ids must be from 0 to 2**32 - 1")
-    return array.astype("<u4")
+        raise ValueError(_RANGE) from None
 
 
-def _chain(parent: bytes, tokens: NDArray[np.uint32], block_size: int) -> list[bytes]:
+def _chain(parent: bytes, tokens: NDArray[np.int64], block_size: int) -> list[bytes]:
     """The digests of the blocks that follow a parent."""
-    data = memoryview(tokens.tobytes())
+    if len(tokens) and tokens.view(np.uint64).max() >= 1 << 32:  # negative ones show as large
+        raise ValueError(_RANGE)
+    data = tokens.astype("<u4").tobytes()
     width = 4 * block_size
     digests = []
     for start in range(0, len(data), width):
-        state = _hash(parent)
-        state.update(data[start : start + width])
-        parent = state.digest()
+        parent = blake2b(parent + data[start : start + width], digest_size=DIGEST_SIZE).digest()
         digests.append(parent)
     return digests
 
 
-class _Lately:
-    """The last prompt of each of a few first blocks, so that a shared prefix is hashed once.
+@define(eq=False)
+class _Seen:
+    """The full blocks of a prompt."""
 
-    Comparing tokens is some hundred times as fast as hashing them.
-    """
+    tokens: NDArray[np.int64]
+    digests: list[bytes]
+    numbers: tuple[int, ...]
 
-    MOST = 64
-    """First blocks to remember."""
-
-    def __init__(self, block_size: int) -> None:
-        self._size = block_size
-        self._prompts: dict[bytes, tuple[NDArray[np.uint32], list[bytes]]] = {}
-
-    def chain(self, tokens: NDArray[np.uint32], namespace: Namespace) -> list[bytes]:
-        """`chain_hashes` of full blocks."""
-        if not len(tokens):
-            return []
-        [first] = digests = _chain(namespace.digest, tokens[: self._size], self._size)
-        if (seen := self._prompts.pop(first, None)) is not None:
-            digests = seen[1][: self._common(tokens, seen[0])]
-        digests = digests + _chain(digests[-1], tokens[len(digests) * self._size :], self._size)
-        self._prompts[first] = tokens, digests
-        if len(self._prompts) > self.MOST:
-            del self._prompts[next(iter(self._prompts))]
-        return digests
-
-    def _common(self, a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
-        """How many leading blocks are equal."""
-        shorter = min(len(a), len(b))
-        differ = a[:shorter] != b[:shorter]
-        return int(differ.argmax() if differ.any() else shorter) // self._size
+    def common(self, tokens: NDArray[np.int64], block_size: int) -> int:
+        """How many leading blocks others have in common. Comparing tokens is some hundred times as
+        fast as hashing them."""
+        shorter = min(len(tokens), len(self.numbers) * block_size)
+        differ = tokens[:shorter] != self.tokens[:shorter]
+        first = int(differ.argmax()) if shorter else 0
+        return (first if shorter and differ[first] else shorter) // block_size
 
 
 class BlockIds:
@@ -128,7 +113,8 @@ class BlockIds:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._fresh = count()
-        self._lately = _Lately(block_size)
+        self._lately: dict[bytes, _Seen] = {}
+        """By the first block of each: the last prompt, so that a shared prefix is read once."""
         self._digests: dict[bytes, int] = {}
         self._traces: dict[tuple[Namespace, int], dict[int, int]] = {}
 
@@ -139,6 +125,9 @@ class BlockIds:
     def keep(self, numbers: Container[int]) -> None:
         """Forget the blocks of all other numbers; they get new ones when they are seen again."""
         self._digests = {d: n for d, n in self._digests.items() if n in numbers}
+        for seen in self._lately.values():
+            known = sum(1 for _ in takewhile(numbers.__contains__, seen.numbers))
+            seen.numbers = seen.numbers[:known]
 
     def _number(self, table: dict[K, int], keys: Sequence[K]) -> tuple[int, ...]:
         """The numbers of `keys`; new ones get the next. Runs in C but for one test a key."""
@@ -161,8 +150,22 @@ class BlockIds:
         self, tokens: Sequence[int], namespace: Namespace
     ) -> tuple[tuple[int, ...], bytes]:
         """`of_tokens`, and what `of_rest` needs to go on behind the last full block."""
-        digests = self._lately.chain(_full_blocks(tokens, self.block_size), namespace)
-        return self._number(self._digests, digests), digests[-1] if digests else namespace.digest
+        size = self.block_size
+        array = _full_blocks(tokens, size)
+        if not len(array):
+            return (), namespace.digest
+        key = namespace.digest + array[:size].tobytes()
+        digests, numbers = list[bytes](), tuple[int, ...]()
+        if (seen := self._lately.pop(key, None)) is not None:
+            common = seen.common(array, size)
+            digests, numbers = seen.digests[:common], seen.numbers[:common]
+        parent = digests[-1] if digests else namespace.digest
+        digests += _chain(parent, array[len(digests) * size :], size)
+        numbers += self._number(self._digests, digests[len(numbers) :])
+        self._lately[key] = _Seen(array, digests, numbers)
+        if len(self._lately) > _LATELY:
+            del self._lately[next(iter(self._lately))]
+        return numbers, digests[-1]
 
     def of_rest(self, before: bytes, tokens: Sequence[int]) -> tuple[int, ...]:
         """The ids of the full blocks of tokens that stand behind the full blocks of a prompt.

@@ -199,7 +199,7 @@ class Steps:
     def _bind(self, fragment: Fragment, binds: Sequence[Bind]) -> dict[str, int]:
         """Let tables hold blocks; their requests have rows from here on.
 
-        Returns by request the first index of its table that may have changed.
+        Returns by request the first index of its table that has changed.
         """
         device, first, at = self.ledger[DEVICE], dict[str, int](), 0
         blocks = fragment.blocks(DEVICE, [block for bind in binds for block in bind.blocks])
@@ -210,11 +210,14 @@ class Steps:
             if row is None:
                 row = self.rows[name] = Row(self.requests.waiting.pop(name))
             row.left = fragment.decls[name].max_new_tokens
-            if old := row.table[start : start + length]:
-                device.drop(old)
-            row.table[start : start + length] = blocks[at : at + length]
-            first[name] = min(start, first.get(name, start))
+            old, new = row.table[start : start + length], blocks[at : at + length]
+            row.table[start : start + length] = new
+            device.drop(old)
             at += length
+            pairs = enumerate(zip(old, new, strict=False))
+            same = next((place for place, (a, b) in pairs if a != b), len(old))
+            if same < length:
+                first[name] = min(start + same, first.get(name, start + same))
         return first
 
     def _compute(self, chunk: PrefillChunk) -> bool:

@@ -40,7 +40,9 @@ def attach(role: str, engine: Any = None) -> PlanDriver | None:
         return None
     requests = NamedSequences(engine.scheduler, Names())
     target = target_of(engine, base_target(config))
-    planner = OnlinePlanner(target, config.engine.pipeline, window=_WINDOW, outlast=True)
+    planner = OnlinePlanner(
+        target, config.engine.pipeline, window=_WINDOW, outlast=True, ahead=True
+    )
     source = OnlineSource(planner, requests)
     try:
         return PlanDriver(engine, source, requests)

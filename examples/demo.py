@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from sagellm_ir.build import build
+from sagellm_ir.cli.timeline import timeline
 from sagellm_ir.lowering.lower import lower
 from sagellm_ir.lowering.render import plan_text
 from sagellm_ir.lowering.verify_plan import verify_plan
@@ -62,6 +63,7 @@ def main() -> None:
     plan = lower(graph, built.tokens, sampling)
     verify_plan(plan)
     console.print(plan_text(plan), markup=False)
+    console.print(f"\n{timeline(plan)}", markup=False)
 
     section("4. The embedded engine runs it")
     planned = run_plan(EmbeddedEngine(model, target), plan)

@@ -109,7 +109,7 @@ def best_backend() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a folder or a file")
-    parser.add_argument("--backend", default=best_backend(), help="see `sage infer backend list`")
+    parser.add_argument("--backend", default=best_backend(), help="see `sagellm-ir backend list`")
     options = parser.parse_args()
     gateway, url = start_gateway()
     try:

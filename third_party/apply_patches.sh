@@ -1,6 +1,6 @@
 #!/bin/sh
 # Patch LMDeploy: apply_patches.sh [apply|revert|status] [--target DIR|installed]
-# The same as `sage infer patches`; see ../patches/lmdeploy/README.md.
+# The same as `sagellm-ir patches`; see ../patches/lmdeploy/README.md.
 set -eu
 root=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}

@@ -107,7 +107,7 @@ class Steps:
 
 
 def serve(task: dict[str, Any], target: Target, engine: Any) -> SageLLMEngine:
-    """Our engine over vLLM's, as `sage llm engine start --backend vllm` has it behind its server."""
+    """Our engine over vLLM's, as `sagellm-ir llm engine start --backend vllm` has it behind its server."""
     backend = VLLMBackendAdapter(engine, stop_at_eos=False)
     made = backend.target
     fitted = evolve(target, engine="vllm", model=made.model, workers=made.workers)

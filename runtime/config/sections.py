@@ -35,7 +35,7 @@ class EngineConfig:
     id: str = "sagellm-0"
     """Its name at the control plane; unique there."""
     backend: str = "embedded"
-    """A kind of `sage infer backend list`."""
+    """A kind of `sagellm-ir backend list`."""
     model: str = "smollm2-135m"
     """A known name, a model folder or a file, as the backend takes it."""
     dtype: str = "float32"
@@ -53,7 +53,7 @@ class PatchesConfig:
     """LMDeploy's sources and our patches to them."""
 
     target: str | None = None
-    """The tree that `sage infer patches` works on: a folder that holds `lmdeploy/`, or `installed`;
+    """The tree that `sagellm-ir patches` works on: a folder that holds `lmdeploy/`, or `installed`;
     null: the submodule when it is checked out, else the pinned wheel in `build/lmdeploy`."""
 
 

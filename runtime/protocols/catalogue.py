@@ -66,7 +66,7 @@ def schema(name: str) -> dict[str, Any]:
             return special[cls]() if cls in special else schema_of(cls)
     if name in [cls.__name__ for cls in INTERFACES]:
         message = f"{name} is an interface: it is called, and never written as JSON"
-        help_ = "its members: docs/protocols.md, or `x-interfaces` of `sage infer schema dump`"
+        help_ = "its members: docs/protocols.md, or `x-interfaces` of `sagellm-ir schema dump`"
         raise SageIRError(Diagnostic(message, help=help_))
     known = [cls.__name__ for cls in DATA]
     raise SageIRError(Diagnostic(f"no type is called {name!r}", help=suggest(name, known)))
@@ -104,7 +104,7 @@ def document() -> str:
         "# Protocols",
         "The types that engines, schedulers and storage exchange. Each has one definition, in the "
         "file named with it; this page is made from them by `make docs`. "
-        "`sage infer schema dump` prints their JSON Schema.",
+        "`sagellm-ir schema dump` prints their JSON Schema.",
         "## Data",
     ]
     for cls in (*DATA, *KINDS.values(), Gate):

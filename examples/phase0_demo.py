@@ -3,10 +3,10 @@
     python examples/phase0_demo.py
     python examples/phase0_demo.py --model PATH --backend vllm
 
-LMDeploy where it is installed and there is a GPU, else the embedded engine. The baseline is the same engine with the pipeline O0: continuous batching, nothing shared. Questions
-about one document are asked at the same time, first of one engine and then of the other; TTFT and
-TPOT are what the client sees through the gateway. SAGE's gateway is used where it is installed, else
-our own.
+LMDeploy where it is installed and there is a GPU, else the embedded engine. The baseline is the same
+engine with the pipeline O0: continuous batching, nothing shared. Questions about one document are asked
+at the same time, first of one engine and then of the other; TTFT and TPOT are what the client sees
+through the gateway. SAGE's gateway is used where it is installed, else our own.
 """
 
 import argparse

@@ -115,7 +115,7 @@ def working(what: str) -> AbstractContextManager[object]:
 
 def note(message: str) -> None:
     """A remark to the user, on stderr."""
-    stderr().print(message, style="dim", markup=False)
+    stderr().print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def command(

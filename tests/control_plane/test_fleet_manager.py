@@ -133,8 +133,11 @@ def test_an_engine_in_error_that_answers_again_is_ready_again() -> None:
 
         async with fleet("a", health_check_interval_s=0.02) as (manager, _):
             manager.update_engine_state("a", EngineState.ERROR)
-            while manager.get_engine("a").state is not EngineState.READY:
-                await asyncio.sleep(0.01)
+
+            async def back() -> bool:
+                return bool(manager.get_engine("a").state is EngineState.READY)
+
+            await eventually(back)
 
     asyncio.run(run())
 

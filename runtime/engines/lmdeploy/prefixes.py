@@ -53,6 +53,9 @@ class _Prompt:
     """How far the trie holds it at least."""
     blocks: Any
     """Those up to `node`, from the root's child on."""
+    tokens: Any
+    stored: int
+    """How many of them are in the trie at least."""
 
 
 class Prefixes:
@@ -69,17 +72,40 @@ class Prefixes:
         """By sequence: those that have not been stored to their ends."""
         self._trails: dict[int, _Trail] = {}
         """By the key of the first block: the last one of each of a few."""
+        self._leaders: dict[tuple[Any, int], _Prompt] = {}
+        """By adapter and first block: the first prompt that was read and is not stored to its end."""
+        self._followers: dict[int, tuple[_Prompt, int]] = {}
+        """By sequence: a leader, and how many first tokens it has in common with it."""
 
     def read(self, seqs: Iterable[Any]) -> None:
-        """Read the prompts of sequences that wait, so that their decision need not."""
+        """Read the prompts of sequences that wait, so that their decision need not. Not yet those of
+        which another one will put more into the trie: behind that there is less to read."""
         if self._trie.enable:
             for seq in seqs:
-                if seq.seq_id not in self._prompts:
+                if seq.seq_id not in self._prompts and not self._follows(seq):
                     self._prompt(seq)
+
+    def _follows(self, seq: Any) -> bool:
+        """Whether a leader has yet to store what a prompt has in common with it."""
+        if self._is_tiered:
+            return False
+        leader, common = self._followers.get(seq.seq_id, (None, 0))
+        if leader is None or self._leaders.get((seq.adapter_name, leader.first)) is not leader:
+            tokens, known = seq.history_cache._token_ids, len(seq.history_cache)
+            leader = self._leaders.get((seq.adapter_name, _key(tokens[: self._size].tolist())))
+            if leader is None:
+                return False
+            common = _agree(leader.tokens, tokens, min(leader.known, known - 1))
+            common -= common % self._size
+            self._followers[seq.seq_id] = leader, common
+        return leader.stored < common
 
     def forget(self, seq: Any) -> None:
         """A sequence has gone, or has another turn."""
-        self._prompts.pop(seq.seq_id, None)
+        self._followers.pop(seq.seq_id, None)
+        prompt = self._prompts.pop(seq.seq_id, None)
+        if prompt is not None and self._leaders.get((seq.adapter_name, prompt.first)) is prompt:
+            del self._leaders[seq.adapter_name, prompt.first]
 
     def found(self, seq: Any) -> int:
         """Blocks that a sequence without blocks was seen to find in the trie, when it was read."""
@@ -159,6 +185,7 @@ class Prefixes:
             or prompt.known != len(seq.history_cache)
             or prompt.start > (at or prompt.node.num_matched)
         ):
+            self.forget(seq)
             prompt = self._prompts[seq.seq_id] = self._read(seq, at)
         return prompt
 
@@ -167,10 +194,11 @@ class Prefixes:
         size, known = self._size, len(seq.history_cache)
         tokens, root = seq.history_cache._token_ids, self._trie.get_root(seq.adapter_name)
         first = _key(tokens[: min(size, known)].tolist())
-        prompt = _Prompt(known, first, at, [], root, NONE)
+        prompt = _Prompt(known, first, at, [], root, NONE, tokens, at)
         if not at:
             self._follow(seq, prompt)
-            prompt.start = prompt.node.num_matched
+            prompt.start = prompt.stored = prompt.node.num_matched
+        self._leaders.setdefault((seq.adapter_name, first), prompt)
         rest = tokens[prompt.start : known]
         numbers = rest.tolist()
         prompt.nodes = [
@@ -188,9 +216,7 @@ class Prefixes:
             return
         node = trail.node
         length = min((prompt.known - 1) // size * size, node.num_matched)
-        differs = trail.tokens[:length] != seq.history_cache._token_ids[:length]
-        common = int(differs.argmax()) if length else 0
-        common = length if length and not differs[common] else common // size * size
+        common = _agree(trail.tokens, seq.history_cache._token_ids, length) // size * size
         while node.parent is not None and node.num_matched > common:
             node = node.parent
         # A node that was dropped has no parent: the trail is cold.
@@ -200,6 +226,7 @@ class Prefixes:
     def _remember(self, seq: Any, prompt: _Prompt, node: Any) -> None:
         """A prompt was stored up to a node. Of two ways with one start the longer one is kept."""
         at, size = node.num_matched, self._size
+        prompt.stored = at
         if at + size > prompt.known:
             self.forget(seq)
         if node.parent is None:
@@ -216,6 +243,13 @@ class Prefixes:
         self._trails[prompt.first] = trail
         if len(self._trails) > _TRAILS:
             del self._trails[next(iter(self._trails))]
+
+
+def _agree(one: Any, two: Any, most: int) -> int:
+    """How many leading tokens are equal, of so many at most."""
+    differs = one[:most] != two[:most]
+    first = int(differs.argmax()) if most else 0
+    return first if most and differs[first] else most
 
 
 def _is_equal(node: Any, other: Any) -> bool:

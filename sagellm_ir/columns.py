@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
-from itertools import chain, compress, repeat
+from itertools import compress, repeat
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import numpy as np
 
-from sagellm_ir.arrays import NONE, Edges, Ints, Mask, first_places, ints, joined
+from sagellm_ir.arrays import NONE, Edges, Ints, Mask, ints, joined
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.target import DEVICE
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sagellm_ir.graph import IRGraph
 
 __all__ = ["Columns"]
-
-_IDS = 1 << 63
 
 _OTHER, _PREFILL, _DECODE, _FETCH, _MIGRATE, _ALLREDUCE = range(6)
 _AT_ONCE = 2048
@@ -60,7 +58,7 @@ class Columns:
     def __init__(self, graph: "IRGraph") -> None:
         self._graph = ref(graph)
         self.nodes = nodes = graph.nodes
-        self.request_index = {request.id: i for i, request in enumerate(graph.requests)}
+        self.requests = graph.request_columns
         self.worker_index = {worker.name: i for i, worker in enumerate(graph.target.workers)}
         self.tier_index = {tier.name: i for i, tier in enumerate(graph.target.tiers)}
         self.index: dict[str, int] = {}
@@ -134,48 +132,45 @@ class Columns:
         column[self.is_kv] = values
         return column
 
-    @cached_property
+    @property
+    def request_index(self) -> dict[str, int]:
+        """Requests by id."""
+        return self.requests.index
+
+    @property
     def prompt(self) -> Ints:
         """Tokens of each request's prompt."""
-        return ints([request.prompt_len for request in self.graph.requests])
+        return self.requests.prompt
 
-    @cached_property
+    @property
     def end(self) -> Ints:
         """Tokens of each request, prompt and answer."""
-        return self.prompt + ints([request.max_new_tokens for request in self.graph.requests])
+        return self.requests.end
 
-    @cached_property
+    @property
     def ids(self) -> Ints:
-        """The block ids of all requests, one request after the other; an id that is no block id
-        (it does not fit 64 bits) shows as -1."""
-        blocks = [request.blocks for request in self.graph.requests]
-        try:
-            return ints(chain.from_iterable(blocks), int(self.id_count.sum()))
-        except OverflowError:
-            return ints(id if id < _IDS else NONE for ids in blocks for id in ids)
+        """The block ids of all requests, one request after the other."""
+        return self.requests.ids
 
-    @cached_property
+    @property
     def first_id(self) -> Ints:
         """For each of `ids`, where it stands first."""
-        return first_places(self.ids)
+        return self.requests.first_id
 
-    @cached_property
+    @property
     def id_count(self) -> Ints:
         """Block ids of each request."""
-        return ints(map(len, [request.blocks for request in self.graph.requests]))
+        return self.requests.id_count
 
-    @cached_property
+    @property
     def id_start(self) -> Ints:
         """Where the ids of each request start in `ids`."""
-        return np.cumsum(self.id_count) - self.id_count
+        return self.requests.id_start
 
-    @cached_property
+    @property
     def space(self) -> Ints:
-        """The namespace of each request: equal for equal adapters and tenants."""
-        requests = self.graph.requests
-        pairs = list(zip([r.adapter for r in requests], [r.tenant for r in requests], strict=True))
-        spaces = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        return ints(map(spaces.__getitem__, pairs))
+        """The namespace of each request."""
+        return self.requests.space
 
     @cached_property
     def worker(self) -> Ints:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from sagellm_ir.columns import Columns
+    from sagellm_ir.request_columns import RequestColumns
 
 __all__ = ["STAGES", "CachedBlocks", "IRGraph", "RequestDecl"]
 
@@ -73,6 +74,13 @@ class IRGraph:
         return Columns(self)
 
     @cached_property
+    def request_columns(self) -> "RequestColumns":
+        """The fields of requests as arrays."""
+        from sagellm_ir.request_columns import RequestColumns
+
+        return RequestColumns(self.requests)
+
+    @cached_property
     def by_name(self) -> dict[str, IRNode]:
         """Nodes by name."""
         return {node.name: node for node in self.nodes}
@@ -105,7 +113,11 @@ class IRGraph:
     def replace(self, **changes: Any) -> "IRGraph":
         """A copy of this graph with some fields changed."""
         graph = evolve(self, **changes)
-        if changes.keys() <= {"name", "stage"} and (columns := self._columns_made()) is not None:
+        if (columns := self._columns_made()) is None:
+            return graph
+        if graph.requests is self.requests:
+            object.__setattr__(graph, "request_columns", columns.requests)
+        if changes.keys() <= {"name", "stage"}:
             object.__setattr__(graph, "columns", columns.of(graph))
         return graph
 

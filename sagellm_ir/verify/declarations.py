@@ -87,7 +87,8 @@ def whole_prompts(c: Columns) -> Iterator[Finding]:
                 f"{request.prompt_len} tokens has {request.prompt_len // size} full blocks of {size}",
                 request=request,
             )
-    for at in np.unique(_owners(c)[c.ids < 0]).tolist():
+    wrong = c.ids < 0
+    for at in np.unique(_owners(c)[wrong]).tolist() if wrong.any() else ():
         request = c.graph.requests[at]
         message = f"request @{request.id} has a block id outside [0, 2**63)"
         yield Finding(message, request=request)

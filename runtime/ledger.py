@@ -58,15 +58,15 @@ class Shelf:
             holders[block] = 1
         return taken
 
-    def hold(self, blocks: Iterable[int]) -> None:
-        """Hold blocks once more, or cached ones for the first time."""
+    def hold(self, blocks: Iterable[int], times: int = 1) -> None:
+        """Hold blocks once more (or some times), or cached ones for the first time."""
         holders = self._holders
         for block in blocks:
             if not holders[block]:
                 content = self.content_of[block]
                 assert content is not None, f"block {block} is free"
                 del self._idle[content]
-            holders[block] += 1
+            holders[block] += times
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Undo one `hold` or `take` of each; of a chain, what comes last gives way first."""

@@ -4,7 +4,7 @@ from attrs import define, field
 
 from sagellm_ir.lowering.plan import PrefixGroup
 
-__all__ = ["SharedTables"]
+__all__ = ["SharedTables", "common"]
 
 
 @define(eq=False)
@@ -46,12 +46,12 @@ class SharedTables:
                 child = _Node(node, at, table[at:], {})
                 node.children[table[at]] = child
                 self.blocks += len(child.blocks)
-            common = _common(child.blocks, table, at)
-            if common < len(child.blocks):
-                child = self._split(child, common)
+            same = common(child.blocks, table[at : at + len(child.blocks)])
+            if same < len(child.blocks):
+                child = self._split(child, same)
             child.rows[request] = None
             self._change(child)
-            node, at = child, at + common
+            node, at = child, at + same
         self._last[request] = node
 
     def leave(self, request: str) -> None:
@@ -105,9 +105,9 @@ class SharedTables:
         return top
 
 
-def _common(blocks: tuple[int, ...], table: tuple[int, ...], at: int) -> int:
-    """How many of a node's blocks a table has from `at` on."""
-    count = min(len(blocks), len(table) - at)
-    if blocks[:count] == table[at : at + count]:
+def common(one: tuple[int, ...], two: tuple[int, ...]) -> int:
+    """How many leading items of two tables are equal."""
+    count = min(len(one), len(two))
+    if one[:count] == two[:count]:
         return count
-    return next(i for i in range(count) if blocks[i] != table[at + i])
+    return next(i for i in range(count) if one[i] != two[i])

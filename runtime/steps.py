@@ -1,7 +1,8 @@
 """`Steps`: the steps of fragments and of the batch, as what an engine is to do."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import chain, count
 
 from attrs import evolve
 
@@ -11,6 +12,7 @@ from sagellm_ir.runtime.batch import Batch
 from sagellm_ir.runtime.fragment import Fragment, Held
 from sagellm_ir.runtime.ledger import Ledger
 from sagellm_ir.runtime.requests import Job, Requests, Row
+from sagellm_ir.runtime.sharing import common
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["Steps"]
@@ -201,24 +203,48 @@ class Steps:
 
         Returns by request the first index of its table that has changed.
         """
-        device, first, at = self.ledger[DEVICE], dict[str, int](), 0
-        blocks = fragment.blocks(DEVICE, [block for bind in binds for block in bind.blocks])
-        device.hold(blocks)
-        for bind in binds:
-            name, start, length = bind.request, bind.at, len(bind.blocks)
+        first = dict[str, int]()
+        for bind, new in zip(binds, self._hold(fragment, binds), strict=True):
+            name, start, length = bind.request, bind.at, len(new)
             row = self.rows.get(name)
             if row is None:
                 row = self.rows[name] = Row(self.requests.waiting.pop(name))
             row.left = fragment.decls[name].max_new_tokens
-            old, new = row.table[start : start + length], blocks[at : at + length]
+            old = row.table[start : start + length]
             row.table[start : start + length] = new
-            device.drop(old)
-            at += length
-            pairs = enumerate(zip(old, new, strict=False))
-            same = next((place for place, (a, b) in pairs if a != b), len(old))
-            if same < length:
+            self.ledger[DEVICE].drop(old)
+            if (same := common(tuple(old), new)) < length:
                 first[name] = min(start + same, first.get(name, start + same))
         return first
+
+    def _hold(self, fragment: Fragment, binds: Sequence[Bind]) -> list[tuple[int, ...]]:
+        """The engine's blocks for those of some tables, held by each of them.
+
+        Most of a table is often what the one before it starts with: that is looked at once.
+        """
+        device, tables = self.ledger[DEVICE], list[tuple[int, ...]]()
+        shared = list[int]()
+        before: tuple[int, ...] = ()
+        for bind in binds:
+            last, blocks = shared[-1] if shared else 0, bind.blocks
+            equal = (
+                blocks[:last] == before[:last]
+                and blocks[last : last + 1] != before[last : last + 1]
+            )
+            shared.append(last if equal else common(before, blocks))
+            before = blocks
+        parts = [bind.blocks[same:] for bind, same in zip(binds, shared, strict=True)]
+        own = fragment.blocks(DEVICE, [*chain.from_iterable(parts)])
+        device.hold(own)
+        at, starts = 0, Counter[tuple[int, ...]]()
+        for part, same in zip(parts, shared, strict=True):
+            start = tables[-1][:same] if same else ()
+            starts[start] += 1
+            tables.append(start + own[at : at + len(part)])
+            at += len(part)
+        for start, times in starts.items():
+            device.hold(start, times)
+        return tables
 
     def _compute(self, chunk: PrefillChunk) -> bool:
         """Note what a chunk writes; whether it ends its prompt."""

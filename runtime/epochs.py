@@ -163,16 +163,17 @@ class Epochs:
         shelves, target = self._steps.ledger, self._steps.target
         if any(job.request.deadline is not None for job in jobs):
             return 0
-        starts, room = Counter(job.blocks[:1] for job in jobs), target.max_tokens
+        starts, room = Counter(job.start for job in jobs), target.max_tokens
         for number, job in enumerate(jobs, 1):
-            hits = sum(1 for _ in takewhile(shelves[DEVICE].block_of.__contains__, job.blocks))
-            behind = job.blocks[hits : hits + 1]
+            blocks = self._steps.requests.read(job)
+            hits = sum(1 for _ in takewhile(shelves[DEVICE].block_of.__contains__, blocks))
+            behind = blocks[hits : hits + 1]
             if any(not shelf.block_of.keys().isdisjoint(behind) for shelf in shelves.values()):
                 return 0  # from a lower tier, which takes a step of its own
             room -= job.known - hits * target.block_size
             if room <= 0:
                 return number
-            if job.blocks and starts[job.blocks[:1]] > 1:
+            if job.start and starts[job.start] > 1:
                 return 0
         return 0
 
@@ -185,7 +186,8 @@ class Epochs:
             left = job.request.max_new_tokens - job.answered
             need = -(-(job.known + min(left, self._reserve or left)) // size)
             if need > device.room:
-                need -= sum(1 for _ in takewhile(device.block_of.__contains__, job.blocks))
+                blocks = self._steps.requests.read(job)
+                need -= sum(1 for _ in takewhile(device.block_of.__contains__, blocks))
                 if need > device.room:
                     return
             yield job

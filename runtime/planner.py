@@ -118,10 +118,12 @@ class OnlinePlanner:
 
         Args:
             request: what to plan.
-            tokens: its prompt, if it does not carry it; an array is the quickest.
+            tokens: its prompt, if it does not carry it; an array is the quickest, and is not to
+                change before the request has started.
 
         Raises:
             SageIRError: it has no tokens, or more than the target's pool, or its id is running.
+            ValueError: a token is not in `[0, 2**32)`.
         """
         tokens = request.tokens if tokens is None else tokens
         if tokens is None:

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from attrs import define, field
 
 from sagellm_ir.graph import RequestDecl
-from sagellm_ir.identity import BlockIds, Namespace
+from sagellm_ir.identity import BlockIds, Namespace, UnreadPrompt
 from sagellm_ir.lowering.plan import PlanRequest
 from sagellm_ir.runtime.ledger import Ledger
 from sagellm_ir.target import Target
@@ -25,9 +25,13 @@ class Job:
     request: PlanRequest
     number: int
     """How many were submitted before it."""
-    blocks: tuple[int, ...]
-    """Content ids of the full blocks of what is known of it."""
-    last: bytes
+    prompt: UnreadPrompt | None
+    """Until it is read."""
+    start: bytes
+    """See `UnreadPrompt`."""
+    blocks: tuple[int, ...] = ()
+    """Content ids of the full blocks of what is known of it, once it is read."""
+    last: bytes = b""
     """Of its prompt's last full block: see `BlockIds.of_rest`."""
     answered: int = 0
     """Tokens of its answer when it was planned last."""
@@ -69,11 +73,19 @@ class Requests:
     def add(self, request: PlanRequest, tokens: Sequence[int]) -> None:
         """Take up a request with this prompt."""
         space = self._space(request.adapter, request.tenant)
-        job = Job(request, self._submitted, *self._ids.of_prompt(tokens, space))
+        prompt = self._ids.unread(tokens, space)
+        job = Job(request, self._submitted, prompt, prompt.start)
         self._submitted += 1
         self.jobs[request.id] = self.waiting[request.id] = job
         if request.session is not None:
             self._turns.setdefault((request.tenant, request.session), {})[request.id] = None
+
+    def read(self, job: Job) -> tuple[int, ...]:
+        """The blocks of a request: its prompt is read when it may start, not while many wait."""
+        if job.prompt is not None:
+            job.blocks, job.last = self._ids.read(job.prompt)
+            job.prompt = None
+        return job.blocks
 
     def end(self, name: str) -> Job:
         """Forget a request."""
@@ -106,7 +118,7 @@ class Requests:
         """
         request = job.request
         full = job.known // self._size
-        for at in range(len(job.blocks), full):
+        for at in range(len(self.read(job)), full):
             digest = blake2b(f"{job.number}:{at}".encode(), digest_size=16, person=b"generated")
             own = self._ids.of_digest(digest.digest())
             job.blocks += (own,)

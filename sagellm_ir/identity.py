@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.request import TracePrompt
 
-__all__ = ["DIGEST_SIZE", "BlockIds", "Namespace", "chain_hashes"]
+__all__ = ["DIGEST_SIZE", "BlockIds", "Namespace", "UnreadPrompt", "chain_hashes"]
 
 DIGEST_SIZE = 16
 """Bytes of a block's identity: 128 bits leave collisions out of reach by chance or by work."""
@@ -64,18 +64,19 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
 
 
 def _full_blocks(tokens: Sequence[int], block_size: int) -> NDArray[np.int64]:
-    """The tokens of the full blocks; an array that nobody else has."""
+    """The tokens of the full blocks: of an array a part, not a copy."""
     full = len(tokens) // block_size * block_size
     try:
-        return np.array(tokens[:full], dtype=np.int64)
+        array = np.asarray(tokens[:full], dtype=np.int64)
     except OverflowError:
         raise ValueError(_RANGE) from None
+    if full and array.view(np.uint64).max() >= 1 << 32:  # negative ones show as large
+        raise ValueError(_RANGE)
+    return array
 
 
 def _chain(parent: bytes, tokens: NDArray[np.int64], block_size: int) -> list[bytes]:
     """The digests of the blocks that follow a parent."""
-    if len(tokens) and tokens.view(np.uint64).max() >= 1 << 32:  # negative ones show as large
-        raise ValueError(_RANGE)
     data = tokens.astype("<u4").tobytes()
     width = 4 * block_size
     digests = []
@@ -83,6 +84,18 @@ def _chain(parent: bytes, tokens: NDArray[np.int64], block_size: int) -> list[by
         parent = blake2b(parent + data[start : start + width], digest_size=DIGEST_SIZE).digest()
         digests.append(parent)
     return digests
+
+
+@frozen(eq=False)
+class UnreadPrompt:
+    """A prompt whose blocks have no numbers yet."""
+
+    tokens: NDArray[np.int64]
+    """Of its full blocks."""
+    parent: bytes
+    """Its namespace's digest."""
+    start: bytes
+    """Equal for two prompts that begin with the same block in one namespace; empty if it has none."""
 
 
 @define(eq=False)
@@ -150,19 +163,37 @@ class BlockIds:
         self, tokens: Sequence[int], namespace: Namespace
     ) -> tuple[tuple[int, ...], bytes]:
         """`of_tokens`, and what `of_rest` needs to go on behind the last full block."""
-        size = self.block_size
-        array = _full_blocks(tokens, size)
-        if not len(array):
-            return (), namespace.digest
-        key = namespace.digest + array[:size].tobytes()
-        digests, numbers = list[bytes](), tuple[int, ...]()
-        if (seen := self._lately.pop(key, None)) is not None:
-            common = seen.common(array, size)
+        return self.read(self.unread(tokens, namespace))
+
+    def unread(self, tokens: Sequence[int], namespace: Namespace) -> UnreadPrompt:
+        """A prompt to be read later, or not at all.
+
+        Args:
+            tokens: all of it. An array is not copied, and is not to change until then.
+            namespace: where it is to be shared.
+
+        Raises:
+            ValueError: a token is not in `[0, 2**32)`.
+        """
+        array = _full_blocks(tokens, self.block_size)
+        start = namespace.digest + array[: self.block_size].tobytes() if len(array) else b""
+        return UnreadPrompt(array, namespace.digest, start)
+
+    def read(self, prompt: UnreadPrompt) -> tuple[tuple[int, ...], bytes]:
+        """The ids of the full blocks of a prompt, and what `of_rest` needs to go on behind them."""
+        size, tokens = self.block_size, prompt.tokens
+        if not len(tokens):
+            return (), prompt.parent
+        digests, numbers, common = list[bytes](), tuple[int, ...](), 0
+        if (seen := self._lately.pop(prompt.start, None)) is not None:
+            common = seen.common(tokens, size)
             digests, numbers = seen.digests[:common], seen.numbers[:common]
-        parent = digests[-1] if digests else namespace.digest
-        digests += _chain(parent, array[len(digests) * size :], size)
+        parent = digests[-1] if digests else prompt.parent
+        digests += _chain(parent, tokens[len(digests) * size :], size)
         numbers += self._number(self._digests, digests[len(numbers) :])
-        self._lately[key] = _Seen(array, digests, numbers)
+        if seen is None or len(numbers) - common > common // 8:  # else it is as good for the next
+            seen = _Seen(tokens.copy(), digests, numbers)
+        self._lately[prompt.start] = seen
         if len(self._lately) > _LATELY:
             del self._lately[next(iter(self._lately))]
         return numbers, digests[-1]

@@ -63,7 +63,7 @@ def chain_hashes(tokens: Sequence[int], block_size: int, namespace: Namespace) -
     return _chain(namespace.digest, _full_blocks(tokens, block_size), block_size)
 
 
-def _full_blocks(tokens: Sequence[int], block_size: int) -> NDArray[np.int64]:
+def _full_blocks(tokens: Sequence[int] | NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
     """The tokens of the full blocks: of an array a part, not a copy."""
     full = len(tokens) // block_size * block_size
     try:
@@ -165,7 +165,9 @@ class BlockIds:
         """`of_tokens`, and what `of_rest` needs to go on behind the last full block."""
         return self.read(self.unread(tokens, namespace))
 
-    def unread(self, tokens: Sequence[int], namespace: Namespace) -> UnreadPrompt:
+    def unread(
+        self, tokens: Sequence[int] | NDArray[np.int64], namespace: Namespace
+    ) -> UnreadPrompt:
         """A prompt to be read later, or not at all.
 
         Args:

@@ -1,7 +1,8 @@
 """Block identity: equal exactly when prefix and namespace are equal."""
 
-from itertools import combinations
+from itertools import combinations, count
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,39 @@ def test_what_was_hashed_lately_changes_no_identity(
     for prompt, namespace in zip(prompts, namespaces, strict=False):
         digests = chain_hashes(prompt, size, namespace)
         assert ids.of_tokens(prompt, namespace) == tuple(map(ids.of_digest, digests))
+
+
+@QUICK
+@given(st.lists(PROMPTS, min_size=1, max_size=4), st.integers(1, 5), st.data())
+def test_numbers_are_those_of_one_table_whatever_is_read_late_or_forgotten(
+    rounds: list[list[list[int]]], size: int, data: st.DataObject
+) -> None:
+    ids, table, fresh = BlockIds(size), dict[bytes, int](), count()
+    for prompts in rounds:
+        unread = [ids.unread(np.array(prompt, np.int64), HERE) for prompt in prompts]
+        for at in data.draw(st.permutations(range(len(prompts)))):
+            digests = chain_hashes(prompts[at], size, HERE)
+            table.update(zip([d for d in digests if d not in table], fresh, strict=False))
+            numbers, last = ids.read(unread[at])
+            assert numbers == tuple(map(table.__getitem__, digests))
+            assert last == (digests[-1] if digests else HERE.digest)
+        kept = data.draw(st.sets(st.sampled_from(sorted(table.values())))) if table else set[int]()
+        ids.keep(kept)
+        table = {digest: number for digest, number in table.items() if number in kept}
+        assert len(ids) == len(table)
+
+
+@QUICK
+@given(PROMPTS, st.integers(1, 5), st.lists(NAMESPACES, min_size=6, max_size=6))
+def test_unread_prompts_start_alike_where_their_first_blocks_are_equal(
+    prompts: list[list[int]], size: int, namespaces: list[Namespace]
+) -> None:
+    ids = BlockIds(size)
+    pairs = list(zip(prompts, namespaces, strict=False))
+    starts = [ids.unread(*pair).start for pair in pairs]
+    firsts = [ids.of_tokens(*pair)[:1] for pair in pairs]
+    for one, two in combinations(range(len(pairs)), 2):
+        assert (starts[one] == starts[two]) == (firsts[one] == firsts[two])
 
 
 @QUICK

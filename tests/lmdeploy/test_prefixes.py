@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import PrefixGroup
+from sagellm_ir.runtime.engines.lmdeploy import prefixes as module
 from sagellm_ir.runtime.engines.lmdeploy.grouping import Agreed, group_rows
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.prefixes import Prefixes
@@ -155,6 +156,76 @@ def test_a_prompt_that_lost_its_blocks_after_a_chunk_is_matched_again(
     two = add(sched, 2, [*range(6 * BLOCK), 7])
     prefixes.fetch(two)
     assert blocks_of(two) == blocks_of(seq)
+
+
+def compute(sched: Any, seq: Any, ours: Prefixes | None, blocks: int) -> None:
+    """Admit a chunk of a sequence, of some blocks or of all that is left, and compute it."""
+    ours.fetch(seq) if ours else sched.block_trie.match(seq)
+    known = len(seq.history_cache)
+    seq._num_token_ids = min(known - seq._num_history_ids, blocks * BLOCK)
+    sched.block_manager.allocate(seq, 0)
+    ours.store(seq) if ours else sched.block_trie.allocate(seq, replace=False)
+    seq._num_history_ids += seq._num_token_ids
+    seq._num_token_ids = known - seq._num_history_ids
+
+
+@given(
+    st.lists(st.sampled_from([1, 2, 5]), max_size=5),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3 * BLOCK)), min_size=1, max_size=4),
+    st.integers(0, 4),
+    st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=80)
+def test_a_prompt_may_be_read_while_another_puts_what_they_share_into_the_trie(
+    chunks: list[int], others: list[tuple[int, int]], read: int, evicted: int
+) -> None:
+    """`chunks` of the one that leads; the others, by common blocks and tokens of their own, are read
+    after `read` of them, and computed after all, whether or not that is the whole of it."""
+    lead = list(range(5 * BLOCK + 3))
+    found = []
+    for ours in (True, False):
+        sched = scheduler(blocks=256)
+        prefixes = Prefixes(KVManager(sched)) if ours else None
+        first = add(sched, 1, lead)
+        seqs = [
+            add(sched, number, [*lead[: common * BLOCK], *[9999] * own, 5])
+            for number, (common, own) in enumerate(others, 2)
+        ]
+        for at, chunk in enumerate([*chunks, 0]):
+            if prefixes and at == read:
+                prefixes.read(seqs)
+            if chunk and first.num_history_ids < len(lead):
+                compute(sched, first, prefixes, chunk)
+        if evicted:  # what leads has gone, and some of what it put there
+            stop(first)
+            sched.end_session(1)
+            sched.block_trie.evict(evicted)
+        for seq in seqs:
+            compute(sched, seq, prefixes, 99)
+        counts = sched.block_manager.allocator._log_mem.ref_count.tolist()
+        tables = [blocks_of(seq) for seq in seqs]
+        found.append((nodes(sched.block_trie.get_root(None)), counts, tables))
+    assert found[0] == found[1]
+
+
+def test_what_another_prompt_puts_into_the_trie_is_not_read_by_those_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sched = scheduler(blocks=256)
+    prefixes, lead = Prefixes(KVManager(sched)), list(range(20 * BLOCK))
+    first = add(sched, 1, lead)
+    compute(sched, first, prefixes, 2)
+    made: list[Any] = []
+    node = module.Node
+    monkeypatch.setattr(module, "Node", lambda *args: made.append(args) or node(*args))
+    seqs = [add(sched, number, [*lead, *[number] * BLOCK, 5]) for number in range(2, 9)]
+    prefixes.read(seqs)
+    assert len(made) == len(seqs)
+    compute(sched, first, prefixes, 99)
+    for seq in seqs:
+        compute(sched, seq, prefixes, 99)
+    assert len(made) == len(seqs)
+    assert all(blocks_of(seq)[:20] == blocks_of(first) for seq in seqs)
 
 
 def rows_of(starts: list[int]) -> tuple[Any, dict[str, Any]]:

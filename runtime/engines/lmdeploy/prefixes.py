@@ -31,6 +31,7 @@ class _Trail:
 
     adapter: str | None
     tokens: Any
+    """Of its prompt, also those that it has still to put there."""
     node: Any
     """Where it ends."""
     blocks: Any
@@ -46,16 +47,13 @@ class _Prompt:
     first: int
     """The key of its first block."""
     start: int
-    """Where `nodes` begin."""
+    """Where `nodes` begin: at `node`, or behind what another prompt is putting below it."""
     nodes: list[Any]
     """Of the full blocks from `start` on, to be put into the trie; each below the one before it."""
     node: Any
     """How far the trie holds it at least."""
     blocks: Any
     """Those up to `node`, from the root's child on."""
-    tokens: Any
-    stored: int
-    """How many of them are in the trie at least."""
 
 
 class Prefixes:
@@ -72,45 +70,23 @@ class Prefixes:
         """By sequence: those that have not been stored to their ends."""
         self._trails: dict[int, _Trail] = {}
         """By the key of the first block: the last one of each of a few."""
-        self._leaders: dict[tuple[Any, int], _Prompt] = {}
-        """By adapter and first block: the first prompt that was read and is not stored to its end."""
-        self._followers: dict[int, tuple[_Prompt, int]] = {}
-        """By sequence: a leader, and how many first tokens it has in common with it."""
 
     def read(self, seqs: Iterable[Any]) -> None:
-        """Read the prompts of sequences that wait, so that their decision need not. Not yet those of
-        which another one will put more into the trie: behind that there is less to read."""
+        """Read the prompts of sequences that wait, so that their decision need not."""
         if self._trie.enable:
             for seq in seqs:
-                if seq.seq_id not in self._prompts and not self._follows(seq):
-                    self._prompt(seq)
-
-    def _follows(self, seq: Any) -> bool:
-        """Whether a leader has yet to store what a prompt has in common with it."""
-        if self._is_tiered:
-            return False
-        leader, common = self._followers.get(seq.seq_id, (None, 0))
-        if leader is None or self._leaders.get((seq.adapter_name, leader.first)) is not leader:
-            tokens, known = seq.history_cache._token_ids, len(seq.history_cache)
-            leader = self._leaders.get((seq.adapter_name, _key(tokens[: self._size].tolist())))
-            if leader is None:
-                return False
-            common = _agree(leader.tokens, tokens, min(leader.known, known - 1))
-            common -= common % self._size
-            self._followers[seq.seq_id] = leader, common
-        return leader.stored < common
+                if seq.seq_id not in self._prompts:
+                    self._prompts[seq.seq_id] = self._read(seq, _reached(seq), ahead=True)
 
     def forget(self, seq: Any) -> None:
         """A sequence has gone, or has another turn."""
-        self._followers.pop(seq.seq_id, None)
-        prompt = self._prompts.pop(seq.seq_id, None)
-        if prompt is not None and self._leaders.get((seq.adapter_name, prompt.first)) is prompt:
-            del self._leaders[seq.adapter_name, prompt.first]
+        self._prompts.pop(seq.seq_id, None)
 
     def found(self, seq: Any) -> int:
-        """Blocks that a sequence without blocks was seen to find in the trie, when it was read."""
-        prompt = self._prompts.get(seq.seq_id)
-        return 0 if prompt is None or seq.logical_blocks._num_real else len(prompt.blocks)
+        """How many blocks at least a sequence without blocks finds in the trie."""
+        if not self._trie.enable or seq.logical_blocks._num_real:
+            return 0
+        return len(self._prompt(seq).blocks)
 
     def fetch(self, seq: Any) -> None:
         """Give a sequence the blocks that the trie holds of its prompt."""
@@ -173,32 +149,35 @@ class Prefixes:
 
     def _prompt(self, seq: Any) -> _Prompt:
         """What is known of a prompt, from where its sequence is in the trie; read if it was not."""
-        prompt, cursor = self._prompts.get(seq.seq_id), seq.logical_blocks.last_shared_node
-        at = 0 if cursor is None else cursor.num_matched
+        prompt, at = self._prompts.get(seq.seq_id), _reached(seq)
         if prompt is not None and not at:
-            if prompt.node.num_matched == 0:
+            if prompt.node.num_matched and prompt.node.parent is None:
+                prompt = None  # dropped, and so may be what is before it
+            elif prompt.node.num_matched < max(prompt.start, 1):
                 self._follow(seq, prompt)  # somebody else may have gone there
-            elif prompt.node.parent is None:  # dropped, and so may be what is before it
-                prompt = None
         if (
             prompt is None
             or prompt.known != len(seq.history_cache)
             or prompt.start > (at or prompt.node.num_matched)
         ):
-            self.forget(seq)
             prompt = self._prompts[seq.seq_id] = self._read(seq, at)
         return prompt
 
-    def _read(self, seq: Any, at: int) -> _Prompt:
-        """Read a prompt behind its first tokens, which its sequence has in the trie."""
+    def _read(self, seq: Any, at: int, ahead: bool = False) -> _Prompt:
+        """Read a prompt behind its first tokens, which its sequence has in the trie.
+
+        Args:
+            seq: its sequence.
+            at: how many tokens that are.
+            ahead: leave out what another prompt is expected to put into the trie before it is looked at.
+        """
         size, known = self._size, len(seq.history_cache)
         tokens, root = seq.history_cache._token_ids, self._trie.get_root(seq.adapter_name)
         first = _key(tokens[: min(size, known)].tolist())
-        prompt = _Prompt(known, first, at, [], root, NONE, tokens, at)
+        prompt = _Prompt(known, first, at, [], root, NONE)
         if not at:
-            self._follow(seq, prompt)
-            prompt.start = prompt.stored = prompt.node.num_matched
-        self._leaders.setdefault((seq.adapter_name, first), prompt)
+            common = self._follow(seq, prompt)
+            prompt.start = common if ahead else prompt.node.num_matched
         rest = tokens[prompt.start : known]
         numbers = rest.tolist()
         prompt.nodes = [
@@ -209,24 +188,32 @@ class Prefixes:
             node.parent = above
         return prompt
 
-    def _follow(self, seq: Any, prompt: _Prompt) -> None:
-        """Follow a trail as far as the tokens agree; the match goes on from there."""
+    def _follow(self, seq: Any, prompt: _Prompt) -> int:
+        """Follow a trail as far as the tokens agree; the match goes on from there.
+
+        Returns:
+            How many tokens it has in common with the prompt of the trail, which may have to put some of
+            them there still.
+        """
         trail, size = self._trails.get(prompt.first), self._size
         if trail is None or self._is_tiered or trail.adapter != seq.adapter_name:
-            return
+            return 0
+        length = min(prompt.known - 1, len(trail.tokens)) // size * size
+        differs = trail.tokens[:length] != seq.history_cache._token_ids[:length]
+        common = int(differs.argmax()) if length else 0
+        common = length if length and not differs[common] else common // size * size
         node = trail.node
-        length = min((prompt.known - 1) // size * size, node.num_matched)
-        common = _agree(trail.tokens, seq.history_cache._token_ids, length) // size * size
         while node.parent is not None and node.num_matched > common:
             node = node.parent
         # A node that was dropped has no parent: the trail is cold.
-        if common and node.parent is not None:
-            prompt.node, prompt.blocks = node, trail.blocks[: common // size]
+        if not common or node.parent is None:
+            return 0
+        prompt.node, prompt.blocks = node, trail.blocks[: node.num_matched // size]
+        return common
 
     def _remember(self, seq: Any, prompt: _Prompt, node: Any) -> None:
         """A prompt was stored up to a node. Of two ways with one start the longer one is kept."""
         at, size = node.num_matched, self._size
-        prompt.stored = at
         if at + size > prompt.known:
             self.forget(seq)
         if node.parent is None:
@@ -239,17 +226,17 @@ class Prefixes:
             or trail.adapter != seq.adapter_name
         ):
             blocks = seq.logical_blocks._blocks[: at // size].copy()
-            trail = _Trail(seq.adapter_name, seq.history_cache._token_ids, node, blocks)
+            tokens = seq.history_cache._token_ids[: prompt.known]
+            trail = _Trail(seq.adapter_name, tokens, node, blocks)
         self._trails[prompt.first] = trail
         if len(self._trails) > _TRAILS:
             del self._trails[next(iter(self._trails))]
 
 
-def _agree(one: Any, two: Any, most: int) -> int:
-    """How many leading tokens are equal, of so many at most."""
-    differs = one[:most] != two[:most]
-    first = int(differs.argmax()) if most else 0
-    return first if most and differs[first] else most
+def _reached(seq: Any) -> int:
+    """How many tokens a sequence has in the trie."""
+    cursor = seq.logical_blocks.last_shared_node
+    return 0 if cursor is None else int(cursor.num_matched)
 
 
 def _is_equal(node: Any, other: Any) -> bool:

@@ -87,14 +87,25 @@ class Epochs:
         return not steps.rested or waiting * steps.target.max_loops >= 2 * len(steps.batch)
 
     def is_early(self) -> bool:
-        """Whether the fragment was compiled before something came that could run in its first step.
+        """Whether the fragment was compiled before something came that could run in its next step.
 
-        A prefill more, for what came too late, costs the batch more than compiling again.
+        A prefill more, for what came too late, costs the batch more than compiling again; when it has
+        begun, only if its next step is half empty.
         """
         fragment = self._steps.fragment
-        if fragment is None or fragment.position or not self._fresh or self.hidden:
+        if fragment is None or not self._fresh or self.hidden:
+            return False
+        if fragment.position and not self.has_space():
             return False
         return len(fragment.decls) < min(self._seats(), self._window)
+
+    def has_space(self) -> bool:
+        """Whether more than half of the next step's tokens are free, as far as it is known."""
+        fragment = self._steps.fragment
+        step = None if fragment is None else fragment.next()
+        chunks = () if step is None else step.prefill
+        tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        return 2 * tokens <= self._steps.target.max_tokens
 
     def _seats(self) -> int:
         target = self._steps.target

@@ -217,13 +217,20 @@ class OnlinePlanner:
         if self._steps.fragment is None and self._epochs.may_start():
             self._epochs.begin()
 
+    def has_space(self) -> bool:
+        """Whether the next step, as far as it is known, has room for prompts that are still to come."""
+        return self._epochs.has_space()
+
     def step_ahead(self) -> PlanStep | None:
-        """The next step while one is in flight, when it is one of prefills without moves.
+        """The next step while one is in flight: one of prefills without moves, or one that only decodes
+        rows of a step that only decodes; else None.
 
         It does not count on what the step in flight gives free at its very end.
         """
         self.compile_ahead()
         fragment = self._steps.fragment
+        if fragment is None and self._steps.alone and len(self._steps.batch):
+            return self._steps.decode()
         step = None if fragment is None else fragment.next()
         if step is None or not step.prefill or any(isinstance(it, KVMove) for it in step.kv):
             return None

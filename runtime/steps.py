@@ -38,6 +38,8 @@ class Steps:
         """Those of `spent` that the last step's last forward gave them: their seats are taken as
         long as it is in flight."""
         self.fragment: Fragment | None = None
+        self.alone = False
+        """Whether the last step was one of the batch alone."""
         self.full = False
         """Whether those that wait cannot start until something ends or comes."""
         self.rested = 0.0
@@ -82,6 +84,7 @@ class Steps:
             self.close()
             return None
         fragment.position += 1
+        self.alone = False
         moves = fragment.moves(step.kv)
         first = self._bind(fragment, fresh)
         ended = [self.rows[chunk.request] for chunk in step.prefill if self._compute(chunk)]
@@ -117,7 +120,7 @@ class Steps:
         ended = batch.run(loops)
         self.spent.update(dict.fromkeys(ended))
         self.late.update(name for name, idle in ended.items() if not idle)
-        self.rested = 0.0
+        self.rested, self.alone = 0.0, True
         return step
 
     def changes(self) -> PlanStep | None:

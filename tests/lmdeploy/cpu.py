@@ -160,7 +160,8 @@ class FakeExecutor:
             {
                 "decode": bool(model.is_decoding),
                 "tokens": model.seq_length.tolist(),
-                "history": model.history_lengths.tolist(),
+                "history": (model.history_lengths + (inputs.get("follows") is not None)).tolist(),
+                "follows": inputs.get("follows") is not None,
                 "loops": inputs["loop_count"],
                 "blocks": model.block_offsets.tolist(),
                 "groups": [] if said is None else said.groups.tolist(),
@@ -175,6 +176,7 @@ class FakeExecutor:
         return await self.outputs.get()
 
     async def _run(self) -> None:
+        token = torch.empty(0)
         while True:
             forward = await self.inputs.get()
             model, criteria = forward["inputs"], forward["stopping_criteria"]
@@ -185,12 +187,17 @@ class FakeExecutor:
             tables = model.block_offsets.numpy()
             starts = model.history_lengths.numpy().copy()
             rows = np.split(model.input_ids[0].numpy(), np.cumsum(model.seq_length.numpy())[:-1])
+            words = forward["sampling_inputs"].stop_words
+            if (follows := forward.get("follows")) is not None:  # as the model agent does
+                token = token[follows]
+                starts += 1
+                rows = list(token.numpy()[:, None])
+                *_, criteria = criteria.step(token, words)
             for _ in range(forward["loop_count"]):
                 await asyncio.sleep(0)
                 token = torch.from_numpy(self._forward(tables, starts, rows))
                 starts += [len(row) for row in rows]
                 rows = list(token.numpy()[:, None])
-                words = forward["sampling_inputs"].stop_words
                 stopped, position, criteria = criteria.step(token, words)
                 out = BatchedOutputs(next_token_ids=token, stopped=stopped, stop_pos=position)
                 out.new_token_timestamp = 0.0

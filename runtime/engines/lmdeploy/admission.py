@@ -27,6 +27,8 @@ class Admission:
         self.prefixes = Prefixes(kv)
         self.partial: set[int] = set()
         """Sequences whose chunk in flight ends before what is known of them."""
+        self.ahead: set[int] = set()
+        """Sequences whose next chunk was admitted while a chunk is in flight."""
         self.refused: set[int] = set()
         """Sequences that the last call had no room for."""
         self.evicted = False
@@ -64,19 +66,22 @@ class Admission:
         admitted: list[Any] = []
         tokens = 0
         for seq, chunk in pairs:
-            table = seq.logical_blocks
+            table, in_flight = seq.logical_blocks, 0
+            if seq._status is MessageStatus.LOCKED:
+                in_flight = self._go_on(seq)
             before = table._num_real, table.last_shared_node, seq._num_history_ids
             self.prefixes.fetch(seq)
             known, computed = seq.num_all_ids, seq._num_history_ids
             stop = chunk.stop if chunk.stop < known and _can_split(seq) else known
             wanted = stop - computed
-            if wanted <= 0:  # the trie held all of this chunk
+            if wanted <= 0 and not in_flight:  # the trie held all of this chunk
                 continue
-            fits = not admitted or tokens + wanted <= budget
+            fits = wanted > 0 and (not admitted or tokens + wanted <= budget)
             seq._num_token_ids = wanted
             if not fits or not self._fits(seq, members):
                 seq._num_token_ids = known - computed
                 self.kv.undo(seq, *before)  # B4
+                self._go_back(seq, in_flight)
                 self.refused.add(seq.seq_id)
                 continue
             self._run(seq)
@@ -85,6 +90,30 @@ class Admission:
             admitted.append(seq)
             tokens += wanted
         return admitted
+
+    def _go_on(self, seq: Any) -> int:
+        """Count a chunk in flight as computed; its tokens."""
+        tokens: int = seq._num_token_ids
+        self.partial.discard(seq.seq_id)
+        self.ahead.add(seq.seq_id)
+        seq._num_history_ids += tokens
+        seq._num_token_ids = len(seq.history_cache) - seq._num_history_ids
+        return tokens
+
+    def _go_back(self, seq: Any, tokens: int) -> None:
+        """Count a chunk of some tokens as in flight again; 0: none is."""
+        if tokens:
+            self.partial.add(seq.seq_id)
+            self.ahead.discard(seq.seq_id)
+            seq._num_history_ids -= tokens
+            seq._num_token_ids = tokens
+
+    def has_room(self, seqs: Sequence[Any], ahead: int) -> bool:
+        """Whether blocks for some tokens more of each sequence are free."""
+        manager = self.scheduler.block_manager
+        needed = [self._blocks(seq, ahead) - seq.logical_blocks._num_real for seq in seqs]
+        free = int(manager.get_num_free_gpu_blocks())
+        return not manager.num_cpu_blocks and sum(need for need in needed if need > 0) <= free
 
     def decode(self, seqs: Sequence[Any], loops: int) -> list[Any]:
         """Admit decode rows for `loops` tokens each; those without room keep running, later."""
@@ -143,7 +172,8 @@ class Admission:
 
     def _run(self, seq: Any) -> None:
         self.prefixes.store(seq)
-        seq.status = MessageStatus.RUNNING
+        if seq.seq_id not in self.ahead:  # it is in flight, until its tokens are taken in
+            seq.status = MessageStatus.RUNNING
         seq.record_event(EventType.SCHEDULED)
 
     def _room(self, seq: Any, ahead: int, members: set[int]) -> bool:
@@ -197,11 +227,13 @@ class PartialPrefills:
         self, running: Sequence[Any], batched_outputs: Any, is_decoding: bool
     ) -> None:
         """Advance partial rows by their chunk and let them wait for the next; the rest as before."""
-        partial = self._admission.partial
-        rows = [] if is_decoding else [seq for seq in running if seq.seq_id in partial]
+        partial, ahead = self._admission.partial, self._admission.ahead
+        both = partial | ahead
+        rows = [] if is_decoding else [seq for seq in running if seq.seq_id in both]
         for seq in rows:
-            if seq.status == MessageStatus.LOCKED:
-                seq.status = MessageStatus.WAITING  # so that the wrapped one skips it
+            if seq.status == MessageStatus.LOCKED:  # not any more, so that the wrapped one skips it
+                runs_on = seq.seq_id in ahead
+                seq.status = MessageStatus.RUNNING if runs_on else MessageStatus.WAITING
         stopped = self._admission.scheduler.seq_manager.get_sequences(MessageStatus.STOPPED)
         before = len(stopped)
         self._inner.update_running(
@@ -212,6 +244,9 @@ class PartialPrefills:
                 if seq._status is MessageStatus.STOPPED:
                     self._admission.kv.store_answer(seq)
         for seq in rows:
+            if seq.seq_id in ahead:  # counted when its next chunk was admitted
+                ahead.discard(seq.seq_id)
+                continue
             partial.discard(seq.seq_id)
             seq._num_history_ids += seq._num_token_ids
             seq._num_token_ids = len(seq.history_cache) - seq._num_history_ids

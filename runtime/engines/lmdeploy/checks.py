@@ -1,5 +1,7 @@
 """`StepChecks`: what LMDeploy can run of a plan's step, and what is wrong with it."""
 
+from collections.abc import Container
+
 from attrs import evolve
 from lmdeploy.pytorch.messages import MessageStatus
 
@@ -48,9 +50,14 @@ class StepChecks:
             return [step]
         return [evolve(step, prefill=tuple(chunks), decode=tuple(decode), loops=loops)]
 
-    def must_wait(self, step: PlanStep) -> bool:
+    def must_wait(self, step: PlanStep, partial: Container[int] = ()) -> bool:
         """Whether a request of the step is in flight or has not arrived, or the step's moves are not
-        safe beside what is in flight, or its prefills have no seats beside that."""
+        safe beside what is in flight, or its prefills have no seats beside that.
+
+        Args:
+            step: of prefills or of decodes.
+            partial: sequences that may be in flight.
+        """
         if in_flight := self._scheduler.num_locked():
             if any(isinstance(item, KVMove) for item in step.kv):
                 return True
@@ -60,14 +67,14 @@ class StepChecks:
         for name in named(step):
             seq = self._requests.found.get(name)
             if seq is not None:
-                if seq.status is MessageStatus.LOCKED:
+                if seq.status is MessageStatus.LOCKED and seq.seq_id not in partial:
                     return True
             elif self._requests.names.session(name) is not None and not self.is_over(name):
                 return True
         return False
 
-    def problem(self, step: PlanStep, prealloc_size: int) -> str:
-        """What is wrong with a step, or nothing."""
+    def problem(self, step: PlanStep, prealloc_size: int, partial: Container[int] = ()) -> str:
+        """What is wrong with a step, or nothing; `partial` as above."""
         names = named(step)
         found = self._requests.found
         rows = {name: found[name] for name in names if name in found}
@@ -76,7 +83,7 @@ class StepChecks:
             return f"unknown requests {unknown}" if unknown else "a request stands in it twice"
         wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
         for name, seq in rows.items():
-            if seq.status is not wanted:
+            if seq.status is not wanted and seq.seq_id not in partial:
                 return f"{name} is {seq.status.name}, not {wanted.name}"
         scheduler = self._scheduler
         taken = scheduler.num_running() + scheduler.num_locked() if step.prefill else 0
@@ -90,7 +97,7 @@ class StepChecks:
         if tokens > budget and len(names) > 1:
             return f"{tokens} prompt tokens; the engine takes {budget}"
         for chunk in step.prefill:
-            known = rows[chunk.request].num_all_ids
+            known = len(rows[chunk.request].history_cache)
             if not 0 <= chunk.start < chunk.stop <= known:
                 return (
                     f"{chunk.request}[{chunk.start}:{chunk.stop}] is no span of its {known} tokens"

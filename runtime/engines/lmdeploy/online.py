@@ -91,6 +91,10 @@ class OnlineSource:
         self._look()
         return self.planner.step_ahead()
 
+    def has_space(self) -> bool:
+        """Whether the next step, as far as it is known, has room for requests that are still to come."""
+        return self.planner.has_space()
+
     def prepare(self) -> None:
         """Plan what has come while decodes are in flight."""
         self._look()

@@ -88,6 +88,11 @@ class Prefixes:
             return 0
         return len(self._prompt(seq).blocks)
 
+    def common(self, seq: Any) -> int:
+        """How many tokens of a sequence that was read others have computed, or are going to."""
+        prompt = self._prompts.get(seq.seq_id)
+        return 0 if prompt is None else prompt.start
+
     def fetch(self, seq: Any) -> None:
         """Give a sequence the blocks that the trie holds of its prompt."""
         trie, hook, table, size = self._trie, self._hook, seq.logical_blocks, self._size
@@ -198,7 +203,7 @@ class Prefixes:
         trail, size = self._trails.get(prompt.first), self._size
         if trail is None or self._is_tiered or trail.adapter != seq.adapter_name:
             return 0
-        length = min(prompt.known - 1, len(trail.tokens)) // size * size
+        length: int = min(prompt.known - 1, len(trail.tokens)) // size * size
         differs = trail.tokens[:length] != seq.history_cache._token_ids[:length]
         common = int(differs.argmax()) if length else 0
         common = length if length and not differs[common] else common // size * size

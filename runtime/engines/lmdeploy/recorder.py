@@ -11,7 +11,9 @@ from sagellm_ir.target import DEVICE, HOST
 __all__ = ["record"]
 
 
-def record(trace: Trace, names: Names, manager: Any, output: Any, is_prefill: bool) -> None:
+def record(
+    trace: Trace, names: Names, manager: Any, output: Any, is_prefill: bool, pending: int = 0
+) -> None:
     """Note a scheduling decision: its swaps, then its forwards.
 
     A row whose answer ends inside a decode decision runs on, and what it makes is thrown away: that
@@ -23,6 +25,7 @@ def record(trace: Trace, names: Names, manager: Any, output: Any, is_prefill: bo
         manager: LMDeploy's block manager.
         output: the decision, before its sequences are locked.
         is_prefill: whether it prefills.
+        pending: tokens of each row that a forward in flight is still to give.
     """
     for swaps, origin, to in (
         (output.swap_out_map, DEVICE, HOST),
@@ -33,7 +36,7 @@ def record(trace: Trace, names: Names, manager: Any, output: Any, is_prefill: bo
     tables = [manager.get_block_table(seq).tolist() for seq in output.running]
     rows = list(zip(output.running, tables, strict=True))
     for forward in range(1 if is_prefill else output.loop_count):
-        trace.ran(WORKER, _rows(trace, names, rows, forward, is_prefill))
+        trace.ran(WORKER, _rows(trace, names, rows, pending + forward, is_prefill))
 
 
 def _move(swaps: Mapping[int, int], origin: str, to: str) -> KVMove:

@@ -29,15 +29,26 @@ class BatchRows:
 
     @classmethod
     def of(
-        cls, seqs: Sequence[Any], is_prefill: bool, groups: Sequence[tuple[int, int, int, int]] = ()
+        cls,
+        seqs: Sequence[Any],
+        is_prefill: bool,
+        groups: Sequence[tuple[int, int, int, int]] = (),
+        pending: int = 0,
     ) -> "BatchRows":
-        """Of LMDeploy's sequences as they are scheduled. All rows of a decode have as many new tokens."""
+        """Of LMDeploy's sequences as they are scheduled. All rows of a decode have as many new tokens.
+
+        Args:
+            seqs: the rows.
+            is_prefill: whether the step prefills.
+            groups: see the field.
+            pending: tokens of each row that a forward in flight is still to give.
+        """
         if is_prefill:
             new = np.array([seq._num_token_ids for seq in seqs], np.int32)
         else:
             new = np.full(len(seqs), seqs[0]._num_token_ids if seqs else 1, np.int32)
         old = np.array([seq._num_history_ids for seq in seqs], np.int32)
-        return cls(new, old + new, np.array(groups, np.int32).reshape(-1, 4))
+        return cls(new, old + new + pending, np.array(groups, np.int32).reshape(-1, 4))
 
     def padded(self, rows: int) -> tuple[Ints, Ints]:
         """`new` and `total` of a batch filled up with empty rows of one token each."""

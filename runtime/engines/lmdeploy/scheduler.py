@@ -20,6 +20,7 @@ from sagellm_ir.lowering.plan import PlanStep
 from sagellm_ir.runtime.backend import EngineStats, EngineView, PlanSource
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPrefills
 from sagellm_ir.runtime.engines.lmdeploy.checks import StepChecks, named, only
+from sagellm_ir.runtime.engines.lmdeploy.flight import Flight
 from sagellm_ir.runtime.engines.lmdeploy.grouping import RowOrder
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _MOVES_ONLY = 8
 """Steps without rows that a source may give in a row before LMDeploy schedules one itself."""
+_TURNS = 32
+"""Turns of the event loop until the forward in flight is launched and what has come is taken in."""
 _IDLE = 0.1
 """Seconds until a source that had nothing is asked again: as LMDeploy does."""
 
@@ -101,16 +104,21 @@ class PlanDriver:
         self.requests = requests or NamedSequences(self.scheduler, Names())
         self._news = self.requests.follow()
         self._checks = StepChecks(self.requests)
+        self._flight = Flight(engine, self.admission, self._checks)
+        self._coming = 0
+        """Prompt tokens to compute that have come since something was in flight."""
         self._blocks = PlanBlocks(self.kv)
         self._order = RowOrder()
         engine.seq_strategy = PartialPrefills(
             engine.seq_strategy, self.admission, self._forward_done
         )
         self.scheduler.plan_source = self
+        engine.req_manager.one_by_one = True
 
     def detach(self) -> None:
         """Let LMDeploy schedule by itself again. Not while a prefill chunk is in flight."""
         self.scheduler.plan_source = None
+        self.engine.req_manager.one_by_one = False
         self.engine.seq_strategy = self.engine.seq_strategy._inner
         self.kv.detach()
 
@@ -172,13 +180,41 @@ class PlanDriver:
         return self._plain is not None
 
     def _look_ahead(self) -> bool:
-        """Have the next prefill ready while a step is in flight, if the source knows it already."""
+        """Have the next step ready while one is in flight, if the source knows it already."""
         ahead = getattr(self.source, "ahead", None)
         if not self._todo and ahead is not None:
             self._todo.extend(self._steps(ahead))
-        if self._todo and self._todo[0].prefill and not self._checks.must_wait(self._todo[0]):
-            self._ready = self._todo[0]
-        return self._ready is not None
+        if not self._todo:
+            return False
+        step = self._todo[0]
+        rows = [self.requests.found.get(name) for name in named(step)]
+        if rows and self._flight.leads_to(step, rows):
+            self._ready = step
+            self._plain = None if step.prefill else rows
+        return self._ready is not None and bool(step.prefill)
+
+    def has_work(self) -> bool:
+        """Whether nothing is in flight, and what waits fills a forward; asked after each request that comes."""
+        if self.scheduler.num_locked():
+            return False
+        waiting = self.scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
+        newest = next(reversed(waiting.values()), None)
+        if newest is not None:
+            self.admission.prefixes.read([newest])
+            common = self.admission.prefixes.common(newest)
+            self._coming += len(newest.history_cache) - max(common, newest._num_history_ids)
+        return self._coming >= int(self.scheduler.cache_config.max_prefill_token_num)
+
+    async def gather(self) -> None:
+        """Before the step behind a prefill in flight is asked for: let requests that have come be taken
+        in, if it has room for them."""
+        has_space = getattr(self.source, "has_space", None)
+        if has_space is None or self._flight.decodes or not has_space():
+            return
+        for _ in range(_TURNS):
+            if not self.engine.req_manager.has_requests():
+                break
+            await asyncio.sleep(0)
 
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         """The next step. Empty while it must wait for the one in flight."""
@@ -192,7 +228,11 @@ class PlanDriver:
         answer_aborted(self.engine)
         self._count(output, is_prefill)
         if self.trace is not None and output.running:
-            record(self.trace, self.requests.names, self.kv.blocks, output, is_prefill)
+            pending = int(output.follows is not None)
+            record(self.trace, self.requests.names, self.kv.blocks, output, is_prefill, pending)
+        if output.running:
+            self._flight.took(output.running, is_prefill)
+            self._coming = 0
         return output
 
     async def idle(self) -> None:
@@ -280,7 +320,7 @@ class PlanDriver:
             self._todo.popleft()
             return None
         self._todo.popleft()
-        if problem := self._checks.problem(step, prealloc_size):
+        if problem := self._checks.problem(step, prealloc_size, self.admission.partial):
             logger.warning("step %d of the plan dropped: %s", step.index, problem)
             self.rejected.append(problem)
             return None
@@ -293,8 +333,10 @@ class PlanDriver:
         admission, names = self.admission, named(step)
         if is_prefill:
             ran = admission.prefill(zip(seqs, step.prefill, strict=True))
+            follows = None
         else:
-            ran = admission.decode(seqs, step.loops)
+            follows = self._flight.follows(seqs)
+            ran = admission.decode(seqs, step.loops + (follows is not None))
         if refused := admission.refused:
             if not ran:
                 self.rejected.append("there is no room for its rows")
@@ -314,9 +356,12 @@ class PlanDriver:
             admission.evicted = False
             self._order.forget()
         ordered, groups = self._order.of(step, names, ran)
+        if follows is not None:
+            follows = self._flight.follows(ordered)
         output = output_of(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
-        output.prefix_groups = BatchRows.of(ordered, is_prefill, groups)
+        output.follows = follows
+        output.prefix_groups = BatchRows.of(ordered, is_prefill, groups, int(follows is not None))
         return output
 
     def _stock(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:

@@ -165,6 +165,7 @@ class FakeExecutor:
                 "loops": inputs["loop_count"],
                 "blocks": model.block_offsets.tolist(),
                 "groups": [] if said is None else said.groups.tolist(),
+                "total": [] if said is None else said.total.tolist(),
                 "swaps": [dict(inputs["swap_in_map"]), dict(inputs["swap_out_map"])],
             }
         )

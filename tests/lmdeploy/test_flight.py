@@ -4,17 +4,32 @@ prompts whose chunks are in flight, and requests that come while the first forwa
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 from lmdeploy.messages import GenerationConfig
 
+from sagellm_ir.lowering.plan import PrefillChunk
+from sagellm_ir.runtime.engines.lmdeploy.admission import Admission
+from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
 from sagellm_ir.runtime.engines.lmdeploy.view import NamedSequences, Names
 from sagellm_ir.runtime.planner import OnlinePlanner
-from tests.lmdeploy.cpu import BLOCK, ask, engine, next_token, oracle, run
+from sagellm_ir.runtime.trace import Trace
+from tests.lmdeploy.cpu import (
+    BLOCK,
+    add,
+    ask,
+    blocks_of,
+    engine,
+    next_token,
+    oracle,
+    run,
+    scheduler,
+)
 from tests.lmdeploy.test_random import check
 
 LOOPS = 16
@@ -63,8 +78,20 @@ def test_decodes_follow_one_another_while_rows_end() -> None:
     prompts = [[n % 3] * 2 * BLOCK + [n + 10] * rng.randrange(1, 40) for n in range(12)]
     new = [rng.randrange(2, 90) for _ in prompts]
     eng = planned()
+    trace = eng.scheduler.plan_source.trace = Trace("lmdeploy", BLOCK)
     answers = asked(eng, prompts, new)
     assert answers == [oracle(prompt, k) for prompt, k in zip(prompts, new, strict=True)]
+    for step in eng.executor.trace:  # what the attention is told of their lengths
+        assert step["total"] == [
+            a + b for a, b in zip(step["history"], step["tokens"], strict=True)
+        ]
+    reached: dict[str, int] = {}
+    for row in chain.from_iterable(forward.rows for forward in trace.forwards):
+        assert reached.get(row.request, row.start) == row.start
+        reached[row.request] = row.stop
+    assert sorted(reached.values()) == sorted(
+        len(prompt) + k - 1 for prompt, k in zip(prompts, new, strict=True)
+    )
     decodes = [step for step in eng.executor.trace if step["decode"]]
     assert len({len(step["tokens"]) for step in decodes}) > 3
     assert [step["follows"] for step in decodes] == [False] + [True] * (len(decodes) - 1)
@@ -148,6 +175,25 @@ def test_a_chunk_is_given_while_the_chunk_before_it_is_in_flight() -> None:
     assert [step["tokens"] for step in chunks[:2]] == [[4 * BLOCK]] * 2
     assert chunks[2]["history"][0] == 8 * BLOCK
     assert [step["locked"] for step in chunks[:3]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_chunk_that_cannot_be_given_is_as_it_was(room: bool) -> None:
+    """While one of its chunks is in flight: for the step's tokens, or for want of blocks."""
+    sched = scheduler(blocks=64 if room else 8, tokens=4 * BLOCK)
+    kv = KVManager(sched)
+    admission = Admission(kv)
+    prompts = list(range(10 * BLOCK)), [7] * 3 * BLOCK
+    one, two = (add(sched, n, prompt) for n, prompt in enumerate(prompts))
+    assert admission.prefill([(one, PrefillChunk("one", 0, 4 * BLOCK))]) == [one]
+    sched.lock_running([one])
+    before = one.num_history_ids, one.num_token_ids, one.status, blocks_of(one)
+    rows = [(two, PrefillChunk("two", 0, 3 * BLOCK)), (one, PrefillChunk("one", 64, 128))]
+    assert admission.prefill(rows) == [two]
+    assert (one.num_history_ids, one.num_token_ids, one.status, blocks_of(one)) == before
+    assert (admission.partial, admission.ahead) == ({one.seq_id}, set())
+    assert admission.refused == {one.seq_id}
+    check(sched)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

@@ -200,6 +200,61 @@ def test_who_comes_after_a_plan_was_made_ahead_joins_its_first_step() -> None:
     assert finish(engine, planner) == {"a": 9, "b": 4, "c": 4}
 
 
+def test_a_decode_goes_ahead_behind_a_decode_but_not_behind_a_prefill() -> None:
+    engine, planner = running("a", "b", new=9)
+    assert planner.step_ahead() is None  # their first tokens are in flight
+    first = planner.next_step(engine.view())
+    assert first is not None
+    ahead = planner.step_ahead()
+    assert ahead is not None
+    assert (ahead.decode, ahead.loops) == (first.decode, 3)
+    come(engine, planner, "c")
+    behind = planner.step_ahead()
+    assert behind is not None
+    assert [chunk.request for chunk in behind.prefill] == ["c"]  # what has come goes first
+    assert planner.step_ahead() is None
+    for step in (first, ahead, behind):
+        engine.step(step)
+    assert finish(engine, planner) == {"a": 9, "b": 9, "c": 4}
+
+
+def test_rows_that_end_in_flight_are_not_in_the_step_ahead() -> None:
+    target = evolve(TARGET, mixed=False)
+    engine, planner = CheckedEngine(target), OnlinePlanner(target, PIPELINE)
+    come(engine, planner, "a", new=9)
+    come(engine, planner, "b", new=4)
+    prefill = planner.next_step(engine.view())
+    assert prefill is not None
+    engine.step(prefill)
+    decode = planner.next_step(engine.view())
+    ahead = planner.step_ahead()
+    assert decode is not None
+    assert ahead is not None
+    assert (decode.decode, decode.loops, ahead.decode) == (("a", "b"), 3, ("a",))
+    engine.step(decode)
+    engine.step(ahead)
+    assert finish(engine, planner) == {"a": 9, "b": 4}
+
+
+def test_who_comes_joins_a_prompt_that_has_begun_if_its_next_step_has_room() -> None:
+    """Of 32 tokens a step: the rest of the first prompt is 8."""
+    for left, together in ((8, True), (20, False)):
+        target = evolve(TARGET, mixed=False)
+        engine, planner = CheckedEngine(target), OnlinePlanner(target, PIPELINE)
+        engine.submit(request("a", [7] * (32 + left), 2))
+        planner.submit(request("a", [7] * (32 + left), 2))
+        step = planner.next_step(engine.view())
+        assert step is not None
+        assert planner.has_space() == together
+        come(engine, planner, "b")
+        engine.step(step)
+        step = planner.next_step(engine.view())
+        assert step is not None
+        assert {chunk.request for chunk in step.prefill} == ({"a", "b"} if together else {"a"})
+        engine.step(step)
+        assert finish(engine, planner) == {"a": 2, "b": 4}
+
+
 def test_what_the_engine_dropped_is_planned_again() -> None:
     _, planner = running("a", "b", new=9)
     planner.lost("a", 1)

@@ -56,7 +56,11 @@ class Flight:
         if not self._places or any(seq is None for seq in rows):
             return False
         decodes = all(
-            seq.seq_id in self._places and seq.status is MessageStatus.LOCKED for seq in rows
+            seq.seq_id in self._places
+            and seq.status is MessageStatus.LOCKED
+            # LMDeploy decides for a whole step whether an answer may end.
+            and seq.num_new_tokens + 1 != seq.sampling_param.min_new_tokens
+            for seq in rows
         )
         return decodes and self._admission.has_room(rows, step.loops + 1)
 

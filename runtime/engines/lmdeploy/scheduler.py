@@ -22,6 +22,7 @@ from sagellm_ir.runtime.engines.lmdeploy.admission import Admission, PartialPref
 from sagellm_ir.runtime.engines.lmdeploy.checks import StepChecks, named, only
 from sagellm_ir.runtime.engines.lmdeploy.flight import Flight
 from sagellm_ir.runtime.engines.lmdeploy.grouping import RowOrder
+from sagellm_ir.runtime.engines.lmdeploy.intake import Intake
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.plan_blocks import PlanBlocks
 from sagellm_ir.runtime.engines.lmdeploy.recorder import record
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 _MOVES_ONLY = 8
 """Steps without rows that a source may give in a row before LMDeploy schedules one itself."""
-_TURNS = 32
-"""Turns of the event loop until the forward in flight is launched and what has come is taken in."""
 _IDLE = 0.1
 """Seconds until a source that had nothing is asked again: as LMDeploy does."""
 
@@ -105,8 +104,7 @@ class PlanDriver:
         self._news = self.requests.follow()
         self._checks = StepChecks(self.requests)
         self._flight = Flight(engine, self.admission, self._checks)
-        self._coming = 0
-        """Prompt tokens to compute that have come since something was in flight."""
+        self.intake = Intake(engine, self.admission.prefixes, self._flight, source)
         self._blocks = PlanBlocks(self.kv)
         self._order = RowOrder()
         engine.seq_strategy = PartialPrefills(
@@ -193,29 +191,6 @@ class PlanDriver:
             self._plain = None if step.prefill else rows
         return self._ready is not None and bool(step.prefill)
 
-    def has_work(self) -> bool:
-        """Whether nothing is in flight, and what waits fills a forward; asked after each request that comes."""
-        if self.scheduler.num_locked():
-            return False
-        waiting = self.scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
-        newest = next(reversed(waiting.values()), None)
-        if newest is not None:
-            self.admission.prefixes.read([newest])
-            common = self.admission.prefixes.common(newest)
-            self._coming += len(newest.history_cache) - max(common, newest._num_history_ids)
-        return self._coming >= int(self.scheduler.cache_config.max_prefill_token_num)
-
-    async def gather(self) -> None:
-        """Before the step behind a prefill in flight is asked for: let requests that have come be taken
-        in, if it has room for them."""
-        has_space = getattr(self.source, "has_space", None)
-        if has_space is None or self._flight.decodes or not has_space():
-            return
-        for _ in range(_TURNS):
-            if not self.engine.req_manager.has_requests():
-                break
-            await asyncio.sleep(0)
-
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:
         """The next step. Empty while it must wait for the one in flight."""
         if self._is_in_flight() and self._ready is None:
@@ -232,7 +207,7 @@ class PlanDriver:
             record(self.trace, self.requests.names, self.kv.blocks, output, is_prefill, pending)
         if output.running:
             self._flight.took(output.running, is_prefill)
-            self._coming = 0
+            self.intake.began()
         return output
 
     async def idle(self) -> None:

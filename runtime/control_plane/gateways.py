@@ -10,12 +10,12 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.config import LimitsConfig, ServerConfig
 from sagellm_ir.runtime.control_plane.fleet import Fleet
 from sagellm_ir.runtime.control_plane.gateway import create_gateway
 from sagellm_ir.runtime.control_plane.packages import have, require
 from sagellm_ir.runtime.control_plane.routing import Router
+from sagellm_ir.runtime.server.listening import listen
 
 __all__ = ["choose", "run_own", "run_sage", "run_stock"]
 
@@ -97,12 +97,7 @@ async def _serve(
             access_log=False,
             timeout_graceful_shutdown=GRACE,
         )
-        try:
-            listening = config.bind_socket()
-        except SystemExit:  # what uvicorn makes of an OSError, after logging it
-            message = f"cannot listen on {server.host}:{server.port}"
-            help_ = "choose another --port, or stop what listens there"
-            raise SageIRError(Diagnostic(message, help=help_)) from None
+        listening = listen(config)
         serving = _Server(config)
         task = asyncio.create_task(serving.serve([listening]))
         while not serving.started and not task.done():

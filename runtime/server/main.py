@@ -8,10 +8,10 @@ from types import FrameType
 
 import uvicorn
 
-from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.config import LimitsConfig, ServerConfig
 from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
 from sagellm_ir.runtime.server.app import create_app
+from sagellm_ir.runtime.server.listening import listen
 
 __all__ = ["Joining", "serve"]
 
@@ -70,12 +70,7 @@ async def _serve(
         timeout_graceful_shutdown=_FLUSH_SECONDS,
         lifespan="off",
     )
-    try:
-        listening = config.bind_socket()
-    except SystemExit:  # what uvicorn makes of an OSError, after logging it
-        address = f"{server.host}:{server.port}"
-        help_ = "choose another port; 0 is any free one"
-        raise SageIRError(Diagnostic(f"cannot listen on {address}", help=help_)) from None
+    listening = listen(config)
     host, port = listening.getsockname()[:2]
     engine.start()
     try:

@@ -27,6 +27,7 @@ from sagellm_ir.runtime.engines.embedded.sequence import Sequence
 from sagellm_ir.runtime.engines.embedded.transfer import pack, unpack
 from sagellm_ir.runtime.engines.embedded.work import Work, ordered
 from sagellm_ir.runtime.engines.embedded.worker import WorkerMemory
+from sagellm_ir.runtime.engines.tiers import check_move
 from sagellm_ir.runtime.protocols import (
     DEVICE_KINDS,
     KV_DTYPES,
@@ -217,10 +218,7 @@ class EmbeddedEngine(Synchronous):
             owner = self._worker(item.worker) if item.worker else worker
             owner.free(item)
             return 0
-        if len(item.src) != len(item.dst):
-            raise SageIRError(
-                Diagnostic(f"a move of {len(item.src)} blocks names {len(item.dst)} destinations")
-            )
+        check_move(item)
         source = self._worker(item.from_worker) if item.from_worker else worker
         source.pool.copy(item.from_tier, item.src, worker.pool, item.to_tier, item.dst)
         worker.hold(item.to_tier, item.dst)

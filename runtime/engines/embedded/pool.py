@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.runtime.engines.embedded.pages import CodedPages, NativePages, Pages
+from sagellm_ir.runtime.engines.tiers import check_blocks
 from sagellm_ir.runtime.kv_runtime.codec import CODECS, Codec
 from sagellm_ir.runtime.protocols import KVCacheSchema, QuantizationProfile
 from sagellm_ir.target import DEVICE
@@ -104,19 +105,8 @@ class KVPool:
         """The device tier, layer by layer."""
 
     def check(self, tier: str, blocks: Sequence[int]) -> None:
-        """Raise `SageIRError` unless the tier exists and has these blocks."""
-        if tier not in self.capacity:
-            raise SageIRError(
-                Diagnostic(f"the plan names tier {tier!r}; the engine has {list(self.capacity)}")
-            )
-        if blocks and not 0 <= min(blocks) <= max(blocks) < self.capacity[tier]:
-            raise SageIRError(
-                Diagnostic(
-                    f"the plan uses block {max(blocks)} of tier {tier!r}, which has "
-                    f"{self.capacity[tier]} blocks",
-                    help="compile the plan for this engine's target",
-                )
-            )
+        """See `check_blocks`."""
+        check_blocks(self.capacity, tier, blocks)
 
     def copy(
         self, tier: str, src: Sequence[int], to: "KVPool", to_tier: str, dst: Sequence[int]

@@ -10,6 +10,7 @@ from itertools import islice, takewhile
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import Bind, KVFree, KVMove
 from sagellm_ir.runtime.backend import CachedPrefix
+from sagellm_ir.runtime.engines.tiers import check_blocks, check_move
 from sagellm_ir.target import DEVICE
 
 __all__ = ["NULL_BLOCKS", "BlockLedger", "to_engine", "to_plan"]
@@ -61,7 +62,7 @@ class BlockLedger:
         Raises:
             SageIRError: a block out of range, or a hole in the table.
         """
-        self._check(DEVICE, bind.blocks)
+        check_blocks(self.capacity, DEVICE, bind.blocks)
         table = self.tables.setdefault(bind.request, [])
         if not 0 <= bind.at <= len(table):
             raise SageIRError(
@@ -85,7 +86,7 @@ class BlockLedger:
         """Note that blocks are copied.
 
         Raises:
-            SageIRError: an unknown tier or worker, or a block out of range.
+            SageIRError: an unknown tier or worker, a block out of range, or not one destination a block.
         """
         if move.from_worker not in (None, self.worker):
             raise SageIRError(
@@ -95,12 +96,9 @@ class BlockLedger:
                     help="compile for a target with one worker",
                 )
             )
-        if len(move.src) != len(move.dst):
-            raise SageIRError(
-                Diagnostic(f"a move of {len(move.src)} blocks names {len(move.dst)} destinations")
-            )
-        self._check(move.from_tier, move.src)
-        self._check(move.to_tier, move.dst)
+        check_move(move)
+        check_blocks(self.capacity, move.from_tier, move.src)
+        check_blocks(self.capacity, move.to_tier, move.dst)
         self._hold(move.to_tier, move.dst)
 
     def free(self, free: KVFree) -> None:
@@ -109,7 +107,7 @@ class BlockLedger:
         Raises:
             SageIRError: an unknown tier, or a block out of range.
         """
-        self._check(free.tier, free.blocks)
+        check_blocks(self.capacity, free.tier, free.blocks)
         self._found.clear()
         for block in free.blocks:
             self._held[free.tier].pop(block, None)
@@ -178,17 +176,3 @@ class BlockLedger:
             if block not in held:
                 self._fills += 1
                 held[block] = self._fills
-
-    def _check(self, tier: str, blocks: Sequence[int]) -> None:
-        if tier not in self.capacity:
-            raise SageIRError(
-                Diagnostic(f"the plan names tier {tier!r}; the engine has {list(self.capacity)}")
-            )
-        if blocks and not 0 <= min(blocks) <= max(blocks) < self.capacity[tier]:
-            raise SageIRError(
-                Diagnostic(
-                    f"the plan uses block {max(blocks)} of tier {tier!r}, which has "
-                    f"{self.capacity[tier]} blocks",
-                    help="compile the plan for this engine's target",
-                )
-            )

@@ -64,9 +64,10 @@ class Flight:
         )
         return decodes and self._admission.has_room(rows, step.loops + 1)
 
-    def follows(self, rows: Sequence[Any]) -> torch.Tensor | None:
-        """For each row of a decode behind the one in flight its row there: int64 `[rows]`. None: nothing
-        decodes in flight."""
-        if not rows or rows[0].status is not MessageStatus.LOCKED:
-            return None
+    def pending(self, rows: Sequence[Any]) -> int:
+        """Tokens of each row of a decode that the step in flight is still to give."""
+        return int(rows[0].status is MessageStatus.LOCKED)
+
+    def places(self, rows: Sequence[Any]) -> torch.Tensor:
+        """For each row of a decode behind the one in flight its row there: int64 `[rows]`."""
         return torch.tensor([self._places[seq.seq_id] for seq in rows])

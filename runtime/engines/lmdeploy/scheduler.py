@@ -305,13 +305,12 @@ class PlanDriver:
     def _run(self, step: PlanStep, seqs: list[Any], is_prefill: bool) -> SchedulerOutput | None:
         """A step that was found right; the sequences in its order."""
         self._blocks.move(step)
-        admission, names = self.admission, named(step)
+        admission, names, pending = self.admission, named(step), 0
         if is_prefill:
             ran = admission.prefill(zip(seqs, step.prefill, strict=True))
-            follows = None
         else:
-            follows = self._flight.follows(seqs)
-            ran = admission.decode(seqs, step.loops + (follows is not None))
+            pending = self._flight.pending(seqs)
+            ran = admission.decode(seqs, step.loops + pending)
         if refused := admission.refused:
             if not ran:
                 self.rejected.append("there is no room for its rows")
@@ -331,12 +330,10 @@ class PlanDriver:
             admission.evicted = False
             self._order.forget()
         ordered, groups = self._order.of(step, names, ran)
-        if follows is not None:
-            follows = self._flight.follows(ordered)
         output = output_of(ordered, *self.kv.blocks.take_swaps())
         output.loop_count = 1 if is_prefill else step.loops
-        output.follows = follows
-        output.prefix_groups = BatchRows.of(ordered, is_prefill, groups, int(follows is not None))
+        output.follows = self._flight.places(ordered) if pending else None
+        output.prefix_groups = BatchRows.of(ordered, is_prefill, groups, pending)
         return output
 
     def _stock(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:

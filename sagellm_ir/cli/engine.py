@@ -194,6 +194,8 @@ def stop(
     stopped = {name: engines.stop(name, wait, kill=kill) for name in names}
     if as_json:
         shared.emit_json(stopped)
+    elif not stopped:
+        shared.note("no engine runs here")
     else:
         for name, ended in stopped.items():
             shared.emit(f"engine {name} {'stopped' if ended else 'still runs'}")

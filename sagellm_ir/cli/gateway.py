@@ -50,13 +50,8 @@ def start(
 ) -> None:
     """Serve the gateway here until Ctrl-C or SIGTERM. Engines register with it by themselves."""
     shared.one_of("--kind", kind, KINDS)
-    try:
-        from sagellm_ir.runtime.control_plane import gateways
-    except ImportError as error:
-        raise SageIRError(
-            Diagnostic(f"a gateway needs {error.name}", help="pip install 'sagellm-ir[server]'")
-        ) from None
     from sagellm_ir.runtime.config import load_config
+    from sagellm_ir.runtime.control_plane import gateways
     from sagellm_ir.runtime.control_plane.routing import Router, accelerators
     from sagellm_ir.runtime.ports import gateway_port
 

@@ -213,7 +213,7 @@ def _summarise(report: "RunReport") -> None:
         f"{report.prompt_tokens}, of which {report.computed_tokens} computed "
         f"and {report.saved_tokens} shared ({report.hit_ratio:.1%})",
     )
-    table.add_row("new tokens", f"{report.generated} in {report.steps} steps")
+    table.add_row("new tokens", f"{report.generated}, by a plan of {report.steps} steps")
     table.add_row("blocks moved", f"{report.moved_blocks}")
     table.add_row(
         "time to first token", f"{figures['ttft_mean']:.3f} s mean, {figures['ttft_max']:.3f} s max"

@@ -75,13 +75,8 @@ def serve_here(
     if file is not None:
         # An engine's loader and its workers read the configuration themselves.
         os.environ[FILE_VARIABLE] = str(file.resolve())
-    try:
-        from sagellm_ir.runtime.control_plane.serving import serve_engine
-    except ImportError as error:
-        raise SageIRError(
-            Diagnostic(f"serving needs {error.name}", help="pip install 'sagellm-ir[server]'")
-        ) from None
     from sagellm_ir.runtime.control_plane.processes import EngineProcess, Engines
+    from sagellm_ir.runtime.control_plane.serving import serve_engine
 
     engines, chosen = Engines(), config.engine
     process = EngineProcess(chosen.id, os.getpid(), chosen.backend, chosen.model, gateway=gateway)

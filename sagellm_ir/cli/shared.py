@@ -46,6 +46,14 @@ Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 MAX_TEXT_BYTES = 1 << 30
+EXTRAS = {
+    "fastapi": "server",
+    "httpx": "server",
+    "prometheus_client": "server",
+    "torch": "embedded",
+    "uvicorn": "server",
+}
+"""Modules that some commands import, and the extras that install them."""
 
 Requests = Annotated[
     list[str] | None,
@@ -121,7 +129,7 @@ def note(message: str) -> None:
 def command(
     app: typer.Typer, name: str, *, example: str
 ) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
-    """Adds a command whose user errors exit with 1.
+    """Adds a command whose user errors, a missing extra among them, exit with 1.
 
     Args:
         example: the words behind the command's name, shown at the end of its help.
@@ -132,8 +140,8 @@ def command(
         def guarded(*args: Args.args, **kwargs: Args.kwargs) -> Result:
             try:
                 return function(*args, **kwargs)
-            except SageIRError as error:
-                stderr().print(str(error), markup=False, soft_wrap=True)
+            except (SageIRError, ModuleNotFoundError) as error:
+                stderr().print(str(_told(error)), markup=False, soft_wrap=True)
                 raise typer.Exit(1) from None
             except BrokenPipeError:
                 # The reader (`head`, say) has gone; nothing more to say, not even at exit.
@@ -147,6 +155,18 @@ def command(
         return function
 
     return decorate
+
+
+def _told(error: SageIRError | ModuleNotFoundError) -> SageIRError:
+    """An error of the user; a module of an extra that is not installed is one, any other is ours."""
+    if isinstance(error, SageIRError):
+        return error
+    extra = EXTRAS.get(error.name or "")
+    if extra is None:
+        raise error
+    return SageIRError(
+        Diagnostic(f"this needs {error.name}", help=f"pip install 'sagellm-ir[{extra}]'")
+    )
 
 
 def emit(text: str, output: Path | None = None) -> None:

@@ -1,6 +1,8 @@
 """Bad input: one clear error, exit code 1, nothing on stdout and no half-written file."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,26 @@ def test_a_plan_for_an_engine_that_is_not_installed(cli: Cli, tmp_path: Path) ->
     ran = cli("run", "--plan", str(plan_file(cli, tmp_path)), "--engine", "vllm")
     assert (ran.code, ran.out) == (1, "")
     assert "pip install 'sagellm-ir[vllm]'" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("missing", "importer", "words"),
+    [
+        ("httpx", "sagellm_ir.runtime.control_plane.client", ("gateway", "status")),
+        ("uvicorn", "sagellm_ir.runtime.control_plane.gateways", ("gateway", "start")),
+    ],
+)
+def test_an_extra_that_is_not_installed(
+    missing: str, importer: str, words: tuple[str, ...], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, _, name = importer.rpartition(".")
+    monkeypatch.delitem(sys.modules, importer, raising=False)
+    monkeypatch.delattr(importlib.import_module(package), name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    ran = cli(*words)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"this needs {missing}" in ran.err
+    assert "pip install 'sagellm-ir[" in ran.err
 
 
 def test_a_model_folder_without_weights(cli: Cli, tmp_path: Path) -> None:

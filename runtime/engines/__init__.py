@@ -86,7 +86,7 @@ BACKENDS = (
         "the cost model in virtual time",
         (),
         "",
-        "sagellm_ir.runtime.engines.simulated:load_simulator",
+        "sagellm_ir.runtime.engines.simulator.load:load_simulator",
     ),
     BackendKind(
         "embedded",

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from sagellm_ir.cli import shared
 from sagellm_ir.lowering.plan import ExecutionPlan
-from sagellm_ir.runtime.engines.simulator import SimulatorEngine
-from sagellm_ir.runtime.simulation import SimulationReport
+from sagellm_ir.runtime.engines.simulator import SimulationReport, SimulatorEngine
 from sagellm_ir.runtime.trace import recording
 
 __all__ = ["simulate"]

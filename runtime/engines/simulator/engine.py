@@ -7,8 +7,6 @@ its worker is free, its requests have arrived, and the workers it copies KV from
 from collections.abc import Iterator, Mapping
 from zlib import crc32
 
-from attrs import define
-
 from sagellm_ir.cost import CostModel
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 from sagellm_ir.lowering.plan import ExecutionPlan, KVMove, PlanRequest, PlanStep
@@ -16,49 +14,17 @@ from sagellm_ir.request import Sampling
 from sagellm_ir.runtime.backend import (
     EngineStats,
     EngineView,
-    Finish,
     PlanSource,
-    RequestView,
     Synchronous,
     TokenEvent,
 )
+from sagellm_ir.runtime.engines.simulator.report import RequestReport, SimulationReport
+from sagellm_ir.runtime.engines.simulator.sequence import Sequence
 from sagellm_ir.runtime.protocols import CapabilityDescriptor
-from sagellm_ir.runtime.simulation import RequestReport, SimulationReport
 from sagellm_ir.runtime.trace import Trace, TraceRow
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["SimulatorEngine"]
-
-
-@define(eq=False)
-class _Sequence:
-    """A request in the simulator."""
-
-    request: PlanRequest
-    length: int
-    """Tokens of its answer."""
-    generated: int = 0
-    computed: int = 0
-    own: int = 0
-    """Prompt tokens its prefills computed before its first token."""
-    finish: Finish | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-
-    @property
-    def known(self) -> int:
-        return self.request.prompt_len + self.generated
-
-    def view(self) -> RequestView:
-        request = self.request
-        return RequestView(
-            request.id,
-            request.prompt_len,
-            self.computed,
-            self.generated,
-            request.max_new_tokens,
-            self.finish,
-        )
 
 
 class SimulatorEngine(Synchronous):
@@ -73,7 +39,7 @@ class SimulatorEngine(Synchronous):
         self.target = target
         self._cost = CostModel(target)
         self._lengths = lengths or {}
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, Sequence] = {}
         self._pending: list[TokenEvent] = []
         self._clock = {worker.name: 0.0 for worker in target.workers}
         self._busy = 0.0
@@ -101,7 +67,7 @@ class SimulatorEngine(Synchronous):
         if running and not running.finish:
             raise SageIRError(Diagnostic(f"request {request.id!r} is running already"))
         length = min(request.max_new_tokens, self._lengths.get(request.id, request.max_new_tokens))
-        self._sequences[request.id] = _Sequence(request, length)
+        self._sequences[request.id] = Sequence(request, length)
 
     def step(self, step: PlanStep) -> list[TokenEvent]:
         """Run one step.
@@ -209,7 +175,7 @@ class SimulatorEngine(Synchronous):
             moved * self.target.block_bytes,
         )
 
-    def _run(self, step: PlanStep) -> list[tuple[_Sequence, int, int]]:
+    def _run(self, step: PlanStep) -> list[tuple[Sequence, int, int]]:
         """Run a step: for each row that made tokens, the first one's index and their number."""
         if step.worker not in self._clock:
             raise SageIRError(Diagnostic(f"step {step.index} is of unknown worker {step.worker!r}"))
@@ -252,7 +218,7 @@ class SimulatorEngine(Synchronous):
             made.append(self._push(sequence, count, end - (loops - count) * each))
         return made
 
-    def _record(self, trace: Trace, step: PlanStep, rows: list[_Sequence], loops: int) -> None:
+    def _record(self, trace: Trace, step: PlanStep, rows: list[Sequence], loops: int) -> None:
         """Report a step's forwards, before its rows have advanced."""
         for action in step.kv:
             if isinstance(action, KVMove):
@@ -276,7 +242,7 @@ class SimulatorEngine(Synchronous):
                 ],
             )
 
-    def _push(self, sequence: _Sequence, count: int, now: float) -> tuple[_Sequence, int, int]:
+    def _push(self, sequence: Sequence, count: int, now: float) -> tuple[Sequence, int, int]:
         first = sequence.generated
         sequence.generated += count
         self._generated += count
@@ -288,7 +254,7 @@ class SimulatorEngine(Synchronous):
             sequence.finish = "stop" if short else "length"
         return sequence, first, count
 
-    def _forward(self, step: PlanStep, rows: list[_Sequence], loops: int) -> float:
+    def _forward(self, step: PlanStep, rows: list[Sequence], loops: int) -> float:
         """Seconds of one of the step's forwards; of many, the middle one."""
         tokens = logits = len(rows)
         context = sum(sequence.known for sequence in rows) + tokens * (loops - 1) // 2
@@ -323,7 +289,7 @@ class SimulatorEngine(Synchronous):
             raise SageIRError(Diagnostic(f"step {step.index} moves KV by unknown tier {far!r}"))
         return self._cost.transfer(len(move.src), far)
 
-    def _sequence(self, request: str) -> _Sequence:
+    def _sequence(self, request: str) -> Sequence:
         if request not in self._sequences:
             message = f"the plan names request {request!r}, which was never submitted"
             raise SageIRError(Diagnostic(message))

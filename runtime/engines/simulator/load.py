@@ -8,7 +8,7 @@ from attrs import evolve
 from sagellm_ir.build import ByteTokenizer
 from sagellm_ir.presets import load_model, load_target, model_names
 from sagellm_ir.runtime.engines import LoadedBackend
-from sagellm_ir.runtime.engines.simulator import SimulatorEngine
+from sagellm_ir.runtime.engines.simulator.engine import SimulatorEngine
 
 __all__ = ["load_simulator"]
 

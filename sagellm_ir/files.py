@@ -1,6 +1,7 @@
 """Writing files so that nobody ever sees half of one."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -12,18 +13,29 @@ __all__ = ["write_atomic"]
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all: into a temporary file beside it, then renamed.
 
+    A link stays one, and a file keeps its mode. What is no file (`/dev/stdout`, a pipe) is written to as it is.
+
     Raises:
         SageIRError: it cannot be written.
     """
+    content = data.encode() if isinstance(data, str) else data
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+        else:
+            _replace(path.resolve(), content)
     except OSError as error:
         raise SageIRError(Diagnostic(f"cannot write {path}: {error.strerror}")) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -50,6 +51,17 @@ app.add_typer(llm.app)
 app.add_typer(gateway.app)
 
 
+def _show_all_signs() -> None:
+    """Where a stream is not UTF-8: a terminal shows `?` for what it lacks, a file or pipe gets UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, TextIOWrapper) or stream.encoding.lower() == "utf-8":
+            continue
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8")
+
+
 def main(
     argv: Sequence[str] | None = None, program: str = "sagellm-ir", commands: typer.Typer = app
 ) -> int:
@@ -64,6 +76,7 @@ def main(
         0 when all went well, 1 for bad input, 2 for wrong usage, 130 when interrupted.
     """
     set_defaults()
+    _show_all_signs()
     try:
         commands(args=list(sys.argv[1:] if argv is None else argv), prog_name=program)
     except SystemExit as stop:

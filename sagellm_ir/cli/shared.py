@@ -1,5 +1,6 @@
 """What all commands share: output, errors, and options that mean the same everywhere."""
 
+import errno
 import functools
 import json
 import os
@@ -147,6 +148,11 @@ def command(
                 # The reader (`head`, say) has gone; nothing more to say, not even at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(0) from None
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                note(f"cannot write the result: {error.strerror}")
+                raise typer.Exit(1) from None
             except KeyboardInterrupt:
                 note("interrupted")
                 raise typer.Exit(130) from None

@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from sagellm_ir.runtime.engines import find_backend
-from tests.cli.conftest import Cli
+from tests.cli.conftest import EXAMPLES, Cli
 
 TOKENS = "examples/tokens.jsonl"
+FULL = Path("/dev/full")
 HEAD = "sagellm_ir 1\n\ngraph @g {\n  request @r {prompt = 20, blocks = [0], max_new = 2}\n"
 CYCLE = (
     HEAD
@@ -173,3 +176,20 @@ def test_an_output_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
     ran = cli("plan", "-r", TOKENS, "-o", str(tmp_path / "no" / "plan.json"))
     assert ran.code == 1
     assert "cannot write" in ran.err
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+def test_a_full_disk() -> None:
+    command = [sys.executable, "-m", "sagellm_ir", "ir", "passes"]
+    with FULL.open("wb") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr == "cannot write the result: No space left on device\n"
+
+
+def test_a_pipe_of_another_encoding_gets_utf_8() -> None:
+    command = [sys.executable, "-m", "sagellm_ir", "plan", "-r", str(EXAMPLES / "tokens.jsonl")]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, capture_output=True, env=ascii_only)
+    assert ran.returncode == 0, ran.stderr
+    assert "█ prefill" in ran.stdout.decode()

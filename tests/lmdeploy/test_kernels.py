@@ -28,6 +28,7 @@ from sagellm_ir.runtime.engines.lmdeploy.kernels.prefix_aware_attention import (
     KernelBatches,
     PrefixAwareAttention,
     install,
+    prefill_gains,
     spec_of,
 )
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
@@ -130,6 +131,22 @@ def test_forwards_that_gain_nothing_run_lmdeploys_own_kernels() -> None:
     told.prepare(dummy, 4)
     assert dummy.prefix_groups is None
     assert layer.inner.forwards == 2
+
+
+@pytest.mark.parametrize(
+    ("new", "total", "wide", "gains"),
+    [
+        ([8192], [8192], True, True),  # a long prompt
+        ([8192], [16384], True, True),
+        ([8192], [16384], False, False),
+        ([1024] * 8, [1024] * 8, True, False),  # short ones: few keys
+        ([1024], [16384], True, False),  # few tokens: the host is slower than the device
+        ([128] * 64, [8320] * 64, False, True),  # much history, which need not be copied
+        ([1024] * 2, [2048, 9216], True, True),
+    ],
+)
+def test_which_prefills_gain(new: list[int], total: list[int], wide: bool, gains: bool) -> None:
+    assert prefill_gains(np.array(new, np.int32), np.array(total, np.int32), wide) is gains
 
 
 def test_a_group_computed_in_the_same_forward_is_not_read_as_history() -> None:

@@ -15,10 +15,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 
 from sagellm_ir.runtime.accel import AccelConfig, AttentionSpec, SharedPrefix, make_attention
+from sagellm_ir.runtime.accel.tiles import tile_for
 from sagellm_ir.runtime.engines.lmdeploy.rows import BatchRows
 
 if TYPE_CHECKING:  # Imports triton.
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 LONG_HISTORY = 32
 """Cached tokens for each new one of a prefill from which on reading pages beats copying them first:
 measured on an H100, where at fewer LMDeploy's own prefill is the faster (docs/kernels.md)."""
+MANY = 2048
+"""New tokens of a prefill, and keys that each of them sees on average, from which on tiles that take whole
+SMs are worth what they cost the host: 1.5 times the speed of LMDeploy's prefill on an H200."""
 
 KV_FORMATS = {0: "native", 8: "int8"}
 """Of LMDeploy's `quant_policy`."""
@@ -136,10 +142,26 @@ class KernelBatches:
             groups = [SharedPrefix(*group) for group in batch.readable()]
             self.attention.update(new, total, groups)
             self._last = (batch, len(new))
-        far = not meta.is_decoding and total.sum() > LONG_HISTORY * new.sum()
-        if self.attention.variant.shared or far:
+        wide = tile_for(self.attention.spec, self.attention.variant.private).wide
+        gains = not meta.is_decoding and prefill_gains(new, total, wide)
+        if self.attention.variant.shared or gains:
             lens = None if rows else meta.kv_seqlens.to(torch.int32)
             meta.prefix_groups = Step(self.attention, self.attention.variant, self._first, lens)
+
+
+def prefill_gains(new: NDArray[np.int32], total: NDArray[np.int32], wide: bool) -> bool:
+    """Whether our kernels are the faster for a prefill.
+
+    Args:
+        new: `[rows]` tokens to compute.
+        total: `[rows]` tokens, those included.
+        wide: whether they run as tiles that take whole SMs.
+    """
+    tokens = int(new.sum())
+    if total.sum() > LONG_HISTORY * tokens:
+        return True
+    keys = (new * (total - (new - 1) / 2)).sum()
+    return wide and tokens >= MANY and bool(keys >= MANY * tokens)
 
 
 def prefix_aware(runner: type[Any], config: AccelConfig) -> type[Any]:

@@ -42,20 +42,22 @@ class Intake:
         self._tokens = 0
 
     def has_work(self) -> bool:
-        """Whether nothing is in flight, and what waits fills a forward; asked after each request that comes."""
-        if self._scheduler.num_locked():
-            return False
+        """Whether what has come since the last step fills a forward; asked after each request that comes."""
         waiting = self._scheduler.seq_manager.get_sequences(MessageStatus.WAITING)
         newest = next(reversed(waiting.values()), None)
         if newest is not None:
             self._prefixes.read([newest])
             known = max(self._prefixes.common(newest), newest._num_history_ids)
             self._tokens += len(newest.history_cache) - known
+        return self._is_full
+
+    @property
+    def _is_full(self) -> bool:
         return self._tokens >= int(self._scheduler.cache_config.max_prefill_token_num)
 
     async def gather(self) -> None:
         """Before the step behind a prefill in flight is asked for: let that one be launched, and requests
-        that have come be taken in, if there is room for them."""
+        that have come be taken in, as long as there is room for them."""
         if self._flight.decodes:
             return
         for _ in range(_LAUNCH):
@@ -63,6 +65,6 @@ class Intake:
         if self._has_space is None or not self._has_space():
             return
         for _ in range(_TURNS):
-            if not self._requests.has_requests():
+            if self._is_full or not self._requests.has_requests():
                 break
             await asyncio.sleep(0)

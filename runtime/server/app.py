@@ -10,7 +10,9 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
 
+from sagellm_ir.diagnostics import suggest
 from sagellm_ir.runtime.config import LimitsConfig, ServerConfig
 from sagellm_ir.runtime.engines.sagellm import SageLLMEngine
 from sagellm_ir.runtime.server.access import Access, error_response
@@ -54,9 +56,15 @@ def add_errors(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error_response(error)
 
-    async def on_http_error(_: HttpRequest, error: Exception) -> HttpResponse:
+    async def on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
         assert isinstance(error, HTTPException)
-        return error_response(ApiError(error.status_code, error.detail, headers=error.headers))
+        path, message = http.url.path, error.detail
+        if (error.status_code, message) == (404, "Not Found"):
+            paths = {route.path for route in app.routes if isinstance(route, Route)}
+            message = f"there is no {path} here; {suggest(path, paths)}"
+        elif error.status_code == 405:
+            message = f"{path} does not take {http.method}"
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     async def on_bug(_: HttpRequest, __: Exception) -> HttpResponse:
         return error_response(ApiError(500, "this server failed; its log says why"))

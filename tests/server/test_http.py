@@ -295,8 +295,9 @@ def test_metrics_count_what_happened(make: Make) -> None:
 
 
 def test_wrong_paths_and_methods_have_errors_of_the_same_form(http: httpx.Client) -> None:
-    assert error(http.get("/v2"), 404)
-    assert error(http.get(CHAT), 405)
+    assert "did you mean '/v1/models'?" in error(http.get("/v1/model"), 404)["message"]
+    assert "/v1/chat/completions, " in error(http.get("/"), 404)["message"]
+    assert error(http.get(CHAT), 405)["message"] == "/v1/chat/completions does not take GET"
     assert error(http.post(COMPLETE, content=b"{"), 400)["code"] == "invalid_json"
     assert error(http.post(COMPLETE, content=b"[]"), 400)["code"] == "invalid_json"
     assert error(http.post(COMPLETE, content=b"\xff\xfe"), 400)["code"] == "invalid_json"

@@ -230,7 +230,7 @@ class PrefixAttention:
                 f"{len(new)} sequences with {new.sum()} query tokens exceed "
                 f"{self.max_batch} and {self.max_rows}"
             )
-        elif len(new) and (min(new.min(), total.min()) < 0 or ((total < new) & (total > 0)).any()):
+        elif len(new) and (new.min() < 0 or ((total < new) & (total != 0)).any()):
             problem = "a length is negative or less than the sequence's new tokens"
         else:
             return

@@ -5,8 +5,9 @@ private part. A node that does not pay is not lost: its tokens are read with the
 below it, or with the private part.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import accumulate
 from operator import attrgetter
 
 import numpy as np
@@ -23,10 +24,10 @@ __all__ = ["Forest", "Node", "SharedPrefix", "find_groups", "plan_forest", "shar
 Ints = NDArray[np.int32]
 
 
-@lru_cache(maxsize=4096)
-def _saved(gate: Gate, spec: AttentionSpec, queries: int, sequences: int, tokens: int) -> float:
+@lru_cache(maxsize=16)
+def _saved(gate: Gate, spec: AttentionSpec) -> Callable[[int, int, int], float]:
     """`Gate.saved`: a server sees the same groups again and again."""
-    return gate.saved(spec, queries, sequences, tokens)
+    return lru_cache(maxsize=4096)(partial(gate.saved, spec))
 
 
 @frozen
@@ -88,68 +89,73 @@ def plan_forest(
         return Forest((), private)
     ordered = sorted(groups, key=attrgetter("start"))
     lists = [_indices(group.rows) for group in ordered]
+    every = lists[0] if len(lists) == 1 else np.concatenate(lists)
+    counts = [len(rows) for rows in lists]
     history = kv_lens - q_lens
-    outer = _outer(spec, ordered, lists, history)
+    outer = _outer(spec, ordered, every, counts, history)
     if outer is None:
         raise SageIRError(_why(spec, ordered, lists, history))
-    queries = _sums(q_lens, lists)
+    firsts = [0, *accumulate(counts[:-1])]
+    queries = np.add.reduceat(q_lens[every], firsts).tolist()
     unread: list[int] = []  # of each group, where its unpacked tail begins: its stop, if packed
     nodes: list[Node] = []
     gain = 0.0
+    saved_by = None if gate is None else _saved(gate, spec)
     for group, rows, count, above in zip(ordered, lists, queries, outer, strict=True):
         begin = unread[above] if above >= 0 else 0
         packed = len(rows) > 1 and count > 0
-        if packed and gate is not None:
-            saved = _saved(gate, spec, count, len(rows), group.stop - begin)
+        if packed and saved_by is not None:
+            saved = saved_by(count, len(rows), group.stop - begin)
             packed = saved > 0
             gain += max(saved, 0.0)
         unread.append(group.stop if packed else begin)
         if packed:
             nodes.append(Node(begin, group.stop, rows, count))
-            private[rows] = group.stop
+    # Of a sequence in several groups the last one counts, which is the innermost.
+    private[every] = np.repeat(np.array(unread, np.int32), counts)
     if gate is not None and gain <= gate.launch:
         return Forest((), np.zeros(len(q_lens), np.int32))
     return Forest(tuple(nodes), private)
 
 
 def _outer(
-    spec: AttentionSpec, groups: Sequence[SharedPrefix], lists: Sequence[Ints], history: Ints
+    spec: AttentionSpec,
+    groups: Sequence[SharedPrefix],
+    rows: Ints,
+    counts: Sequence[int],
+    history: Ints,
 ) -> list[int] | None:
     """Of each group the one that it continues, -1 where it starts at the first token; None: one breaks
-    a rule. All at once, as numpy takes as long over eight rows as over a hundred."""
+    a rule. All at once, as numpy takes as long over eight rows as over a hundred.
+
+    Args:
+        rows: of all groups, one after another.
+        counts: rows of each.
+    """
     size = spec.block_size
     bounds = [(group.start, group.stop) for group in groups]
     if any(not 0 <= start < stop or start % size or stop % size for start, stop in bounds):
         return None
-    counts = [len(rows) for rows in lists]
-    rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
-    if not all(counts) or rows.min() < 0 or rows.max() >= len(history):
+    # A negative number is a large one without its sign.
+    if not all(counts) or rows.view(np.uint32).max() >= len(history):
         return None
-    stops = np.repeat([stop for _, stop in bounds], counts)
-    if (history[rows] < stops).any():
+    stop_of = np.array([*(stop for _, stop in bounds), 0])  # the last: of none
+    mine = np.repeat(np.arange(len(groups)), counts)
+    if (history[rows] < stop_of[mine]).any():
         return None
     if np.bincount(rows).max() == 1:
         return [-1] * len(groups) if not any(start for start, _ in bounds) else None
     # Of each entry, the group that has the same row before it.
-    mine = np.repeat(np.arange(len(groups)), counts)
     order = np.argsort(rows, kind="stable")
-    again = np.flatnonzero(rows[order[1:]] == rows[order[:-1]])
+    sorted_rows, sorted_mine = rows[order], mine[order]
+    again = sorted_rows[1:] == sorted_rows[:-1]
     before = np.full(len(rows), -1)
-    before[order[again + 1]] = mine[order[again]]
-    found = before[np.cumsum([0, *counts[:-1]])]
-    stop_of = np.array([*(stop for _, stop in bounds), 0])  # the last: of none
+    before[order[1:][again]] = sorted_mine[:-1][again]
+    found = before[[0, *accumulate(counts[:-1])]]
     starts = [start for start, _ in bounds]
     if (before != found[mine]).any() or (before == mine).any() or (stop_of[found] != starts).any():
         return None
     return list(found.tolist())
-
-
-def _sums(values: Ints, lists: Sequence[Ints]) -> list[int]:
-    """The sum of some values for each list of places; none is empty."""
-    if len(lists) == 1:
-        return [int(values[lists[0]].sum())]
-    first = np.cumsum([0, *map(len, lists[:-1])])
-    return list(np.add.reduceat(values[np.concatenate(lists)], first).tolist())
 
 
 def _indices(rows: Sequence[int] | Ints) -> Ints:

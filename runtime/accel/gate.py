@@ -32,7 +32,7 @@ _UNDIVIDED = {64: (11.7e-6, 1.6)}, (16e-6, 0.92)
 seconds, and how much longer the nodes take beside private parts."""
 
 
-@frozen
+@frozen(cache_hash=True)
 class Gate:
     """A roofline of the two ways to read a node; the faster one is taken.
 
@@ -118,7 +118,7 @@ class Gate:
         return max(traffic, flops / (self.flops * _RATES.get(rows, 1.0)))
 
 
-@frozen
+@frozen(cache_hash=True)
 class Fixed(Gate):
     """A gate that has tiles of one height."""
 

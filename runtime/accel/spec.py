@@ -13,7 +13,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 KV_FORMATS = ("native", "int8", "fp8")
 
 
-@frozen
+@frozen(cache_hash=True)
 class AttentionSpec:
     """One layer's attention on one rank. All layers of a model share a spec."""
 

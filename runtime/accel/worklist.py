@@ -2,7 +2,6 @@
 
 import math
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 from attrs import frozen
@@ -53,7 +52,7 @@ ROW_FIELDS = 8
 _PIECES = np.array([k + 2 if k < 3 else (5 + (k - 3) % 4) << (k - 3) // 4 for k in range(CHUNKS)])
 
 
-@frozen
+@frozen(cache_hash=True)
 class Limits:
     """What the static buffers hold."""
 
@@ -118,15 +117,13 @@ def plan_shared(
         return None
     tile, division = how
     chunk, programs = division.chunk, division.programs
-    cuts = [ceil_div(tokens, chunk) for _, tokens in sizes]
-    written = (cut * queries * spec.group for cut, (queries, _) in zip(cuts, sizes, strict=True))
-    parts = [0, *accumulate(written)]
+    cuts = tuple((queries, ceil_div(tokens, chunk)) for queries, tokens in sizes)
     items = _items(spec, forest, tile.rows, chunk)
     rows = lists[0] if len(lists) == 1 else np.concatenate(lists)
-    slots, start, where = _where(spec, forest, lists, rows, q_start, cuts, parts, one_each)
-    left = limits.sms - programs // tile.ctas
+    slots, start, where = _where(spec.group, cuts, rows, q_start)
+    parts, left = len(where) * spec.group, limits.sms - programs // tile.ctas
     return SharedWork(
-        *(tile.rows, items, rows, slots, start, where, parts[-1], programs, left, division.cuts)
+        *(tile.rows, items, rows, slots, start, where, parts, programs, left, division.cuts)
     )
 
 
@@ -176,55 +173,34 @@ def _items_by_node(
 
 
 def _where(
-    spec: AttentionSpec,
-    forest: Forest,
-    lists: list[Ints],
-    all_rows: Ints,
-    q_start: Ints,
-    cuts: list[int],
-    parts: list[int],
-    one_each: bool,
+    group: int, nodes: tuple[tuple[int, int], ...], tokens: Ints, q_start: Ints
 ) -> tuple[Ints, Ints, Ints]:
-    """`slots`, `where_start` and `where` of `SharedWork`."""
-    new = q_start[1:] - q_start[:-1]
-    slots = np.zeros(len(new), np.int32)
-    if one_each and np.bincount(all_rows).max() == 1:
-        sizes = tuple((len(rows), cut) for rows, cut in zip(lists, cuts, strict=True))
-        mine, entries, where = _flat_where(spec.group, sizes)
-        start = np.zeros(len(new), np.int32)
-        slots[all_rows], start[all_rows] = mine, entries
-        return slots, start, where
-    for node, cut in zip(forest.nodes, cuts, strict=True):
-        slots[node.rows] += cut
-    taken = np.cumsum(new * slots)
-    start = (taken - new * slots).astype(np.int32)
-    # Of each query token: its first entry.
-    of_token = np.repeat(slots, new)
-    entry = np.repeat(start - q_start[:-1] * slots, new) + np.arange(len(of_token)) * of_token
-    where = np.empty(taken[-1], np.int32)
-    for rows, cut, part in zip(lists, cuts, parts, strict=False):
-        first = np.arange(part, part + len(rows) * spec.group, spec.group)
-        mine = entry[rows]
-        at = np.arange(cut)
-        where[mine[:, None] + at] = first[:, None] + at * (len(rows) * spec.group)
-        entry[rows] = mine + cut
-    return slots, start, where
+    """`slots`, `where_start` and `where` of `SharedWork`.
+
+    Args:
+        nodes: query tokens and pieces of each.
+        tokens: their query tokens, one node after another.
+    """
+    pieces, where = _partials(group, nodes)
+    each = np.repeat(tokens, pieces)
+    # Of each token in turn, what it gets from its nodes: parents come before children.
+    where = where[np.argsort(each, kind="stable")]
+    of_token = np.bincount(each, minlength=int(q_start[-1]) + 1).astype(np.int32)
+    first = np.cumsum(of_token, dtype=np.int32) - of_token
+    return of_token[q_start[:-1]], first[q_start[:-1]], where
 
 
 @lru_cache(maxsize=64)
-def _flat_where(group: int, sizes: tuple[tuple[int, int], ...]) -> tuple[Ints, Ints, Ints]:
-    """Partials and first entry of each row, and `where`, when every sequence has one new token and at
-    most one node; of each node its rows and its pieces."""
-    entries, tables, at, part = [], [], 0, 0
-    for count, cut in sizes:
-        entries.append(np.arange(at, at + count * cut, cut, dtype=np.int32))
+def _partials(group: int, nodes: tuple[tuple[int, int], ...]) -> tuple[Ints, Ints]:
+    """Of each query token of each node the number of its pieces, and the partials of all of these."""
+    tables, part = [], 0
+    for count, cut in nodes:
         last = part + cut * count * group
         table = np.arange(part, last, group, dtype=np.int32)
         tables.append(table.reshape(cut, count).T.reshape(-1))
-        at += count * cut
         part = last
-    mine = np.repeat([cut for _, cut in sizes], [count for count, _ in sizes]).astype(np.int32)
-    return mine, np.concatenate(entries), np.concatenate(tables)
+    pieces = np.repeat([cut for _, cut in nodes], [count for count, _ in nodes])
+    return pieces.astype(np.int32), np.concatenate(tables)
 
 
 def _queries(rows: Ints, q_start: Ints) -> Ints:

@@ -184,7 +184,7 @@ def test_groups_checked_all_at_once_and_one_by_one(
     groups = [SharedPrefix(start, stop, rows) for (start, stop), rows in ordered]
     lists = [ints(*group.rows) for group in groups]
     history = ints(48, 47, 64, 16)
-    outer = forest._outer(SPEC, groups, lists, history)
+    outer = forest._outer(SPEC, groups, np.concatenate(lists), [*map(len, lists)], history)
     if outer is None:
         assert forest._why(SPEC, groups, lists, history).message
         return

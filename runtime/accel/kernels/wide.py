@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-unimported"
+# ruff: noqa: SIM102
 """`attend_wide`: `attend` for tiles of 128 rows, with a warp that copies and warps that compute.
 
 The roles, and the softmax beside a product, after FlashAttention-3 (arXiv 2407.08608).
@@ -44,18 +45,25 @@ def _sums(s, BN: gl.constexpr):
 
 
 @gluon.jit
-def _soften(s, m, high, at, hi, qk_scale, MASKED: gl.constexpr, BN: gl.constexpr, S: gl.constexpr):
-    """One step of the online softmax: weights, their maximum so far, what older ones shrink by."""
-    if MASKED:
-        column = gl.arange(0, BN, gl.SliceLayout(0, S))
-        skipped = PAGE - gl.where(column < PAGE, held(at, hi), held(at + PAGE, hi))
-        there = column % PAGE >= skipped
-        seen = (at + column - skipped)[None, :] <= high[:, None]
-        s = gl.where(seen & there[None, :], s, NEG_INF)
+def _hide(s, high, at, hi, BN: gl.constexpr, S: gl.constexpr):
+    """Scores of the tile at `at`, without those of keys that are not there or that a row does not see."""
+    column = gl.arange(0, BN, gl.SliceLayout(0, S))
+    skipped = PAGE - gl.where(column < PAGE, held(at, hi), held(at + PAGE, hi))
+    there = column % PAGE >= skipped
+    seen = (at + column - skipped)[None, :] <= high[:, None]
+    return gl.where(seen & there[None, :], s, NEG_INF)
+
+
+@gluon.jit
+def _soften(s, m, qk_scale, BLIND: gl.constexpr, BN: gl.constexpr):
+    """One step of the online softmax: weights, their maximum so far, what older ones shrink by.
+
+    BLIND: rows may have seen no key yet.
+    """
     of_threads = gl.max(gl.max(gl.max(_by_thread(s, BN), 4), 2), 1)
     m_new = gl.maximum(m, gl.convert_layout(gl.max(of_threads, 1), m.type.layout) * qk_scale)
     base = m_new
-    if MASKED:
+    if BLIND:
         base = gl.where(m_new == NEG_INF, 0.0, m_new)
     p = gl.exp2(s * qk_scale - base[:, None])
     return p, m_new, gl.exp2(m - base)
@@ -91,14 +99,14 @@ def _consume(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_tile = q_tiles.index(WHICH)
     none = gl.zeros([64, BN], gl.float32, S)
-    index, programs, todo = turns(sizes, SHARED, KV_HEADS)
+    index, both, step, todo = turns(sizes, SHARED, KV_HEADS)
     turn = 0
     while index < todo:
         _owner, lo, hi, end, q_first, q_len, tile, part = item(items, index // KV_HEADS)
         head = index % KV_HEADS
         hi, seen_by_all = bounds(lo, hi, end, q_len, tile, SHARED, GROUP, BM)
         count = gl.maximum(gl.cdiv(hi - lo, BN), 1)
-        free = gl.minimum(gl.maximum(seen_by_all - lo, 0) // BN, count)
+        masked = count - gl.maximum(seen_by_all - lo, 0) // BN
         first_row = tile * BM + WHICH * 64
 
         # Queries, by way of registers: their rows may lie anywhere.
@@ -126,36 +134,32 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(done.index(turn % STAGES), count=1)
         last = lo + (count - 1) * BN
-        s, m, shrink = _soften(s, m, high, last, hi, qk_scale, True, BN, S)
+        s, m, shrink = _soften(_hide(s, high, last, hi, BN, S), m, qk_scale, True, BN)
         den = _sums(s, BN)
         p = gl.convert_layout(s.to(dtype), P)
 
-        # Of a shared chunk all rows see all keys: only its last tile can have too many.
-        for phase in gl.static_range(1 if SHARED else 0, 2):
-            first = 1
-            stop = gl.maximum(count - free, 1)
-            if phase == 1:
-                if not SHARED:
-                    first = stop
-                stop = count
-            for j in range(first, stop):
-                now = turn + j
-                mbarrier.wait(k_full.index(now % STAGES), now // STAGES & 1)
-                keys = k_tiles.index(now % STAGES).permute((1, 0))
-                scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
-                before = now - 1
-                mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
-                values = v_tiles.index(before % STAGES)
-                weighed = warpgroup_mma(p, values, acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(done.index(now % STAGES), count=1)
-                s, m, shrink = _soften(s, m, high, last - j * BN, hi, qk_scale, phase == 0, BN, S)
-                shrunk = gl.convert_layout(shrink, gl.SliceLayout(1, den.type.layout))
-                den = den * shrunk[:, None] + _sums(s, BN)
-                fresh = gl.convert_layout(s.to(dtype), P)
-                acc, p, fresh = warpgroup_mma_wait(0, deps=[weighed, p, fresh])
-                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-                p = fresh
+        for j in range(1, count):
+            now = turn + j
+            mbarrier.wait(k_full.index(now % STAGES), now // STAGES & 1)
+            keys = k_tiles.index(now % STAGES).permute((1, 0))
+            scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
+            before = now - 1
+            mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
+            values = v_tiles.index(before % STAGES)
+            weighed = warpgroup_mma(p, values, acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(done.index(now % STAGES), count=1)
+            # Of a shared chunk all rows see all keys: only its last tile can have too many.
+            if not SHARED:
+                if j < masked:
+                    s = _hide(s, high, last - j * BN, hi, BN, S)
+            s, m, shrink = _soften(s, m, qk_scale, not SHARED, BN)
+            shrunk = gl.convert_layout(shrink, gl.SliceLayout(1, den.type.layout))
+            den = den * shrunk[:, None] + _sums(s, BN)
+            fresh = gl.convert_layout(s.to(dtype), P)
+            acc, p, fresh = warpgroup_mma_wait(0, deps=[weighed, p, fresh])
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+            p = fresh
 
         turn += count
         before = turn - 1
@@ -187,7 +191,8 @@ def _consume(
             else:
                 gl.store(lse_at, lse, mask=live)
                 gl.store(part_at, o, mask=live[:, None])
-        index += programs
+        index += step
+        step = both - step
 
 
 # Tables of any width: one binary, not one for multiples of 16 and another for the rest.

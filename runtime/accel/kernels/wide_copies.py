@@ -32,7 +32,11 @@ def item(items, index):
 
 @gluon.jit
 def turns(sizes, SHARED: gl.constexpr, KV_HEADS: gl.constexpr):
-    """A program's first (item, head), how far its next ones are apart, and where they end.
+    """A program's first (item, head), the steps to its next two, together, the first of them, and where
+    they end.
+
+    Dealt to and fro: the longest items come first, so a program that has the first of one round has the
+    last of the next.
 
     SHARED: `sizes` says how many programs work. They are spread over the device; the others leave
     their SMs to the private kernel.
@@ -40,13 +44,15 @@ def turns(sizes, SHARED: gl.constexpr, KV_HEADS: gl.constexpr):
     todo = gl.load(sizes) * KV_HEADS
     index = gl.program_id(0)
     programs = gl.num_programs(0)
+    mine = index
     if SHARED:
         working = gl.load(sizes + 1)
         before = index * working // programs
         works = (index + 1) * working // programs > before
+        mine = before
         index = gl.where(works, before, todo)
         programs = working
-    return index, programs, todo
+    return index, 2 * programs, 2 * (programs - mine) - 1, todo
 
 
 @gluon.jit
@@ -133,7 +139,7 @@ def produce(
     `j - 1`: those of tile `j - 2` are done with as soon as it has its scores, and it says so then.
     """
     keys, values, done, table, items, sizes, table_stride = inputs
-    index, programs, todo = turns(sizes, SHARED, KV_HEADS)
+    index, both, step, todo = turns(sizes, SHARED, KV_HEADS)
     turn = 0
     while index < todo:
         owner, lo, hi, end, _first, q_len, tile, _part = item(items, index // KV_HEADS)
@@ -153,4 +159,5 @@ def produce(
             newer = _pages(pages_of, gl.maximum(at - BN, lo), hi)
         turn += count
         _copy(turn - 1, values, done, head, older, at, hi, 2, BN, D, STAGES)
-        index += programs
+        index += step
+        step = both - step

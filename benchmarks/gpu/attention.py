@@ -26,7 +26,7 @@ import triton
 from attrs import asdict
 from peers import PEERS, Unsuitable
 from timing import Timer, device_rates
-from workloads import HEADS, Workload, correctness, decode, extend, smoke, trees
+from workloads import HEADS, Workload, correctness, decode, extend, prefill, smoke, trees
 
 from sagellm_ir.runtime.accel import AttentionSpec, Gate, SharedPrefix
 from sagellm_ir.runtime.accel.attention import PrefixAttention
@@ -173,13 +173,10 @@ def table(options: argparse.Namespace, path: Path) -> None:
         report |= {"torch": torch.__version__, "triton": triton.__version__}
     print(f"{report['device']}: {report['rates']}\n{HEADER}")
     done = {row["name"] for row in report["rows"]}
-    works = [
-        work
-        for heads in options.heads
-        for rows in (decode(heads, options.quick), trees(heads), extend(heads, options.quick))
-        for work in rows
-        if work.name not in done
-    ]
+    quick, works = options.quick, list[Workload]()
+    for heads in options.heads:
+        works += (*decode(heads, quick), *trees(heads), *extend(heads, quick), *prefill(heads))
+    works = [work for work in works if work.name not in done]
     for number, work in enumerate(works):
         if time.monotonic() - begun > 60 * options.minutes:
             print(f"{len(works) - number} rows left: run the same command again")

@@ -24,7 +24,7 @@ from peers import PEERS, Unsuitable
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from tune import VARIANTS
-from workloads import Workload, correctness, decode, extend, trees
+from workloads import Workload, correctness, decode, extend, prefill, trees
 
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
 from sagellm_ir.runtime.accel.launch import (
@@ -81,7 +81,7 @@ def jobs(thorough: bool, heads: list[str], variants: bool) -> Iterator[Job]:
     """What the benchmark runs, more than once where batches differ in lengths only."""
     timed: list[Workload] = []
     for name in heads:
-        timed += (*decode(name, True), *trees(name), *extend(name, True))
+        timed += (*decode(name, True), *trees(name), *extend(name, True), *prefill(name))
     for spec in dict.fromkeys(work.spec for work in (*timed, *correctness(thorough))):
         for rows in tile_heights(spec):
             yield from (Job(what, spec, rows) for what in ("shared", "private"))

@@ -10,7 +10,17 @@ from attrs import frozen
 from sagellm_ir.runtime.accel import AttentionSpec, SharedPrefix
 from sagellm_ir.runtime.accel.spec import BLOCK_SIZES, HEAD_DIMS, KV_FORMATS
 
-__all__ = ["HEADS", "K", "Workload", "correctness", "decode", "extend", "smoke", "trees"]
+__all__ = [
+    "HEADS",
+    "K",
+    "Workload",
+    "correctness",
+    "decode",
+    "extend",
+    "prefill",
+    "smoke",
+    "trees",
+]
 
 HEADS = {"llama-3-8b": (32, 8), "qwen2.5-7b": (28, 4), "70b-tp8": (8, 1), "mha": (32, 32)}
 """Query and KV heads; head_dim 128."""
@@ -125,6 +135,14 @@ def extend(heads: str, quick: bool) -> Iterator[Workload]:
         yield _one_prefix(name, spec, prefix * K, batch, 0, new)
 
 
+def prefill(heads: str) -> Iterator[Workload]:
+    """A chunk of one long prompt, on what the cache has of it."""
+    spec = AttentionSpec(*HEADS[heads], 128, 64)
+    for prefix, new in itertools.product((0, 8, 24), (2, 8)):
+        name = f"{heads} prefill P={prefix * K} T={new * K}"
+        yield _one_prefix(name, spec, prefix * K, 1, 0, new * K)
+
+
 def correctness(thorough: bool) -> Iterator[Workload]:
     """Ragged lengths, two levels, an empty row; on every tile height, cache format and feature.
 
@@ -144,7 +162,8 @@ def correctness(thorough: bool) -> Iterator[Workload]:
         yield _ragged(spec, 1, 24, 1024)
         yield _ragged(spec, 7, 5, 1024)
     for heads in HEADS.values():
-        yield _ragged(AttentionSpec(*heads, 128, 64), 1, 150, 1024)
+        for new, batch in ((1, 150), (300, 6)):
+            yield _ragged(AttentionSpec(*heads, 128, 64), new, batch, 1024)
 
 
 def smoke() -> Iterator[Workload]:

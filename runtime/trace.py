@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 from cattrs import BaseValidationError, Converter, transform_error
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.files import write_atomic
+from sagellm_ir.files import read_text, write_atomic
 from sagellm_ir.lowering.plan import KVMove
 from sagellm_ir.runtime.backend import InferenceBackend
 from sagellm_ir.target import DEVICE
@@ -35,8 +35,6 @@ __all__ = [
 ]
 
 VERSION = 1
-MAX_BYTES = 1 << 30
-"""The longest file that is read."""
 _MOST = 10
 """Differences that are told, at most."""
 
@@ -129,12 +127,7 @@ def load_trace(path: Path) -> Trace:
     Raises:
         SageIRError: the file cannot be read, or is no trace of this version; with the line.
     """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _broken(path, 1, f"it is longer than {MAX_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, 1, str(error)) from error
+    lines = read_text(path).splitlines()
     if not lines:
         raise _broken(path, 1, "it is empty")
     trace = _parse(path, 1, lines[0], _header)

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Text files are read whole, and written so that nobody ever sees half of one."""
 
 import os
 import stat
@@ -7,7 +7,24 @@ from pathlib import Path
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
 
-__all__ = ["write_atomic"]
+__all__ = ["MAX_TEXT_BYTES", "read_text", "write_atomic"]
+
+MAX_TEXT_BYTES = 1 << 30
+
+
+def read_text(path: Path) -> str:
+    """A whole text file.
+
+    Raises:
+        SageIRError: it does not exist, is no UTF-8 text, or is larger than `MAX_TEXT_BYTES`.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+            raise SageIRError(Diagnostic(f"{path} has {size} bytes; at most {MAX_TEXT_BYTES}"))
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from None
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

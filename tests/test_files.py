@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sagellm_ir.diagnostics import SageIRError
-from sagellm_ir.files import write_atomic
+from sagellm_ir.files import read_text, write_atomic
 
 
 def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
@@ -46,3 +46,12 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(SageIRError, match="No such file"):
         write_atomic(tmp_path / "no" / "file", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_cannot_be_read_is_told_in_words(tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(SageIRError, match="it is not UTF-8 text"):
+        read_text(binary)
+    with pytest.raises(SageIRError, match=r"cannot read .*/none: No such file or directory"):
+        read_text(tmp_path / "none")

@@ -7,24 +7,20 @@ It is the graph before the failing pass, with that one pass in the first line:
     ...
 """
 
-import os
 import shlex
 from pathlib import Path
 
 from attrs import frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError
-from sagellm_ir.files import write_atomic
+from sagellm_ir.files import read_text, write_atomic
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import Location
 from sagellm_ir.passes.instruments.base import Instrument, PassRun
 from sagellm_ir.passes.pipeline import Pipeline, print_pass
 from sagellm_ir.text import parse_graph, print_graph
 
-__all__ = ["MAX_BYTES", "RUN", "Reproducer", "read_reproducer", "read_run_line"]
-
-MAX_BYTES = 1 << 30
-"""The largest reproducer that is read."""
+__all__ = ["RUN", "Reproducer", "read_reproducer", "read_run_line"]
 
 RUN = "// RUN: --pipeline "
 
@@ -48,12 +44,7 @@ def read_reproducer(path: Path) -> tuple[Pipeline, IRGraph]:
     Raises:
         SageIRError: the file cannot be read, is too large, or is no reproducer.
     """
-    try:
-        if (size := os.path.getsize(path)) > MAX_BYTES:
-            raise SageIRError(Diagnostic(f"{path} has {size} bytes, more than {MAX_BYTES}"))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SageIRError(Diagnostic(f"cannot read {path}: {error}")) from error
+    text = read_text(path)
     return read_run_line(text, str(path)), parse_graph(text, str(path))
 
 

@@ -152,7 +152,7 @@ def opt(
     if level is None and pipeline is None:
         raise typer.BadParameter("give --pipeline or -O")
     passes = choose_pipeline(level or 0, pipeline)
-    parsed = parse_graph(shared.read_text(graph), graph)
+    parsed = parse_graph(shared.read_input(graph), graph)
     watch = watching.Watch.of(timing, stats, print_diff, dump_dir, repro)
     result = PassManager(passes, watch.instruments, max_rewrites).run(parsed)
     watch.report()
@@ -162,7 +162,7 @@ def opt(
 @shared.command(app, "verify", example="graph.ir")
 def check(graph: Graph = "-", as_json: shared.AsJson = False) -> None:
     """Check a graph against all laws."""
-    parsed = parse_graph(shared.read_text(graph), graph)
+    parsed = parse_graph(shared.read_input(graph), graph)
     verify(parsed)
     if as_json:
         shared.emit_json({"valid": True, "stage": parsed.stage, "nodes": len(parsed.nodes)})
@@ -180,7 +180,7 @@ def diff(
     as_json: shared.AsJson = False,
 ) -> None:
     """Show how two graphs differ, formatting and comments aside."""
-    left, right = (parse_graph(shared.read_text(path), path) for path in (before, after))
+    left, right = (parse_graph(shared.read_input(path), path) for path in (before, after))
     equal, text = left == right, graph_diff(left, right, (before, after))
     delta = op_delta(left, right)
     if as_json:

@@ -44,7 +44,7 @@ def plan(
     watch = watching.Watch.of(timing, stats, False, None, watching.REPRO)
     passes = choose_pipeline(level, pipeline)
     if graph is not None:
-        compilation = Compilation((), parse_graph(shared.read_text(graph), graph), {})
+        compilation = Compilation((), parse_graph(shared.read_input(graph), graph), {})
     else:
         compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     made = compilation.plan(compilation.run_passes(passes, *watch.instruments))

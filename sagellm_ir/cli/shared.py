@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sagellm_ir.cli.help import Command, flag
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
-from sagellm_ir.files import write_atomic
+from sagellm_ir.files import read_text, write_atomic
 
 __all__ = [
     "AsJson",
@@ -38,7 +38,7 @@ __all__ = [
     "note",
     "one_of",
     "print_table",
-    "read_text",
+    "read_input",
     "stderr",
     "working",
 ]
@@ -46,7 +46,6 @@ __all__ = [
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
-MAX_TEXT_BYTES = 1 << 30
 EXTRAS = {
     "fastapi": "server",
     "httpx": "server",
@@ -210,18 +209,15 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obje
     Console(highlight=False).print(table)
 
 
-def read_text(path: str) -> str:
+def read_input(path: str) -> str:
     """A whole text file, `-` for stdin.
 
     Raises:
-        SageIRError: it does not exist, is no text, or is larger than 1 GiB.
+        SageIRError: what `read_text` raises, or stdin is no UTF-8 text.
     """
+    if path != "-":
+        return read_text(Path(path))
     try:
-        if path == "-":
-            return sys.stdin.read()
-        if (size := os.path.getsize(path)) > MAX_TEXT_BYTES:
-            raise SageIRError(Diagnostic(f"{path} has {size} bytes; at most {MAX_TEXT_BYTES}"))
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SageIRError(Diagnostic(f"cannot read {path}: {reason}")) from None
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise SageIRError(Diagnostic("cannot read -: it is not UTF-8 text")) from None

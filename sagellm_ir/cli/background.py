@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from sagellm_ir.cli import shared
@@ -78,6 +79,5 @@ def start_behind(
                 raise SageIRError(Diagnostic(message, help=f"its log: {path}"))
             time.sleep(0.05)
     said = path.read_text(errors="replace")[-LOG_TAIL:].strip()
-    raise SageIRError(
-        Diagnostic(f"engine {engine_id!r} ended before it served", notes=tuple(said.splitlines()))
-    )
+    message = f"engine {engine_id!r} ended before it served; the end of its log:"
+    raise SageIRError(Diagnostic(message, window=indent(said, "  | ")))

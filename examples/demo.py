@@ -62,7 +62,7 @@ def main() -> None:
     sampling = {request.id: request.sampling for request in loaded.requests}
     plan = lower(graph, built.tokens, sampling)
     verify_plan(plan)
-    console.print(plan_text(plan), markup=False)
+    console.print(plan_text(plan, console.width if console.is_terminal else None), markup=False)
     console.print(f"\n{timeline(plan)}", markup=False)
 
     section("4. The embedded engine runs it")

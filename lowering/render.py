@@ -10,6 +10,12 @@ from sagellm_ir.target import DEVICE
 __all__ = ["Bar", "StepRow", "plan_bars", "plan_mermaid", "plan_rows", "plan_text"]
 
 
+_PREFILL, _DECODE = 4, 5
+"""The columns that name requests, and so can be wide."""
+_LEAST = 12
+"""Characters that each of them gets in the narrowest terminal."""
+
+
 @frozen
 class StepRow:
     """One step as a line of a table."""
@@ -103,8 +109,12 @@ def plan_bars(plan: ExecutionPlan) -> list[Bar]:
     return [bar for mine in bars.values() for bar in mine]
 
 
-def plan_text(plan: ExecutionPlan) -> str:
-    """The rows as plain aligned columns."""
+def plan_text(plan: ExecutionPlan, width: int | None = None) -> str:
+    """The rows as plain aligned columns.
+
+    Args:
+        width: of a terminal; the names of requests are cut to fit it. None: all are shown.
+    """
     head = ("step", "worker", "start", "ms", "prefill", "decode", "shared", "moved", "used")
     lines = [head]
     for row in plan_rows(plan):
@@ -112,14 +122,29 @@ def plan_text(plan: ExecutionPlan) -> str:
         texts = (row.prefill, row.decode, str(row.shared or ""), row.moved, str(row.used))
         lines.append((str(row.index), row.worker, start, milliseconds, *texts))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if width is not None:
+        widths[_PREFILL : _DECODE + 1] = _fitted(widths, width)
     right = {0, 2, 3, 6, 8}
     return "\n".join(
         "  ".join(
-            text.rjust(width) if place in right else text.ljust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+            text.rjust(size) if place in right else _cut(text, size).ljust(size)
+            for place, (text, size) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
+
+
+def _fitted(widths: list[int], width: int) -> tuple[int, int]:
+    """Widths of the columns `prefill` and `decode`, so that all of them take `width` if they can."""
+    prefill, decode = widths[_PREFILL], widths[_DECODE]
+    others = sum(widths) - prefill - decode + 2 * (len(widths) - 1)
+    room = max(width - others, 2 * _LEAST)
+    first = min(prefill, max(room // 2, room - decode))
+    return first, min(decode, room - first)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def plan_mermaid(plan: ExecutionPlan) -> str:

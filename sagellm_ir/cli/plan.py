@@ -1,5 +1,7 @@
 """`plan`: compile requests, or a graph, to a plan; show it as a table and a timeline."""
 
+import shutil
+import sys
 from typing import Annotated
 
 import typer
@@ -55,4 +57,5 @@ def plan(
     elif as_json:
         shared.emit(plan_to_json(made))
         return
-    shared.emit(f"{plan_text(made)}\n\n{timeline(made)}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    shared.emit(f"{plan_text(made, width)}\n\n{timeline(made)}")

@@ -47,6 +47,21 @@ def test_a_table() -> None:
     assert lines[5][4:] == ["0"]
 
 
+def test_a_table_fits_a_terminal() -> None:
+    prompts = (tuple(range(length, 3 * length)) for length in range(16, 32))
+    requests = [
+        Request(f"request-{number}", prompt=TokenPrompt(tokens), max_new_tokens=4)
+        for number, tokens in enumerate(prompts)
+    ]
+    plan = compile_requests(requests, Target()).plan
+    whole, cut = plan_text(plan).splitlines(), plan_text(plan, 100).splitlines()
+    assert max(map(len, whole)) > 300
+    assert max(map(len, cut)) == 100
+    assert cut[1].count("…") == 1
+    assert [line.split()[-1] for line in cut] == [line.split()[-1] for line in whole]
+    assert plan_text(PLAN, 200) == plan_text(PLAN)
+
+
 def test_moves_are_in_the_table() -> None:
     first = next(plan_rows(cached(blocks=16)))
     assert first.moved == "1 host>device"

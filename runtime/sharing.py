@@ -1,10 +1,15 @@
 """`SharedTables`: which running requests share which blocks, kept up to date as they come and go."""
 
+from collections.abc import Sequence
+
 from attrs import define, field
 
 from sagellm_ir.lowering.plan import PrefixGroup
 
-__all__ = ["SharedTables", "common"]
+__all__ = ["SharedTables", "common", "shared_starts"]
+
+_LONG = 64
+"""Blocks of a table that is worth comparing with others."""
 
 
 @define(eq=False)
@@ -111,3 +116,18 @@ def common(one: tuple[int, ...], two: tuple[int, ...]) -> int:
     if one[:count] == two[:count]:
         return count
     return next(i for i in range(count) if one[i] != two[i])
+
+
+def shared_starts(tables: Sequence[tuple[int, ...]]) -> list[int]:
+    """How many blocks each table has in common with the one before it, of long ones: most of them often
+    are, and need not be looked at again."""
+    if max(map(len, tables), default=0) < _LONG:
+        return [0] * len(tables)
+    shared, before, last = list[int](), tuple[int, ...](), 0
+    for blocks in tables:
+        # Nearly always as many as last time.
+        if blocks[:last] != before[:last] or blocks[last : last + 1] == before[last : last + 1]:
+            last = common(before, blocks)
+        shared.append(last)
+        before = blocks
+    return shared

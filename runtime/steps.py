@@ -1,8 +1,7 @@
 """`Steps`: the steps of fragments and of the batch, as what an engine is to do."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain, count
+from itertools import count
 
 from attrs import evolve
 
@@ -12,7 +11,7 @@ from sagellm_ir.runtime.batch import Batch
 from sagellm_ir.runtime.fragment import Fragment, Held
 from sagellm_ir.runtime.ledger import Ledger
 from sagellm_ir.runtime.requests import Job, Requests, Row
-from sagellm_ir.runtime.sharing import common
+from sagellm_ir.runtime.sharing import common, shared_starts
 from sagellm_ir.target import DEVICE, Target
 
 __all__ = ["Steps"]
@@ -206,45 +205,40 @@ class Steps:
 
         Returns by request the first index of its table that has changed.
         """
-        first = dict[str, int]()
+        first: dict[str, int] = {}
         for bind, new in zip(binds, self._hold(fragment, binds), strict=True):
-            name, start, length = bind.request, bind.at, len(new)
+            name, start, same = bind.request, bind.at, 0
             row = self.rows.get(name)
             if row is None:
                 row = self.rows[name] = Row(self.requests.waiting.pop(name))
             row.left = fragment.decls[name].max_new_tokens
-            old = row.table[start : start + length]
-            row.table[start : start + length] = new
-            self.ledger[DEVICE].drop(old)
-            if (same := common(tuple(old), new)) < length:
+            old = row.table[start : start + len(new)]
+            row.table[start : start + len(new)] = new
+            if old:
+                self.ledger[DEVICE].drop(old)
+                same = common(tuple(old), new)
+            if same < len(new):
                 first[name] = min(start + same, first.get(name, start + same))
         return first
 
     def _hold(self, fragment: Fragment, binds: Sequence[Bind]) -> list[tuple[int, ...]]:
-        """The engine's blocks for those of some tables, held by each of them.
-
-        Most of a table is often what the one before it starts with: that is looked at once.
-        """
-        device, tables = self.ledger[DEVICE], list[tuple[int, ...]]()
-        shared = list[int]()
-        before: tuple[int, ...] = ()
-        for bind in binds:
-            last, blocks = shared[-1] if shared else 0, bind.blocks
-            equal = (
-                blocks[:last] == before[:last]
-                and blocks[last : last + 1] != before[last : last + 1]
-            )
-            shared.append(last if equal else common(before, blocks))
-            before = blocks
-        parts = [bind.blocks[same:] for bind, same in zip(binds, shared, strict=True)]
-        own = fragment.blocks(DEVICE, [*chain.from_iterable(parts)])
+        """The engine's blocks for those of some tables, held by each of them."""
+        device, plan = self.ledger[DEVICE], [bind.blocks for bind in binds]
+        shared = shared_starts(plan)
+        rest = [blocks[same:] for blocks, same in zip(plan, shared, strict=True)]
+        own = fragment.blocks(DEVICE, [block for blocks in rest for block in blocks])
         device.hold(own)
-        at, starts = 0, Counter[tuple[int, ...]]()
-        for part, same in zip(parts, shared, strict=True):
-            start = tables[-1][:same] if same else ()
-            starts[start] += 1
-            tables.append(start + own[at : at + len(part)])
-            at += len(part)
+        at = 0
+        tables: list[tuple[int, ...]] = []
+        starts: dict[tuple[int, ...], int] = {}
+        for blocks, same in zip(rest, shared, strict=True):
+            new = own[at : at + len(blocks)]
+            at += len(blocks)
+            if same:
+                start = tables[-1][:same]
+                starts[start] = starts.get(start, 0) + 1
+                new = start + new
+            tables.append(new)
         for start, times in starts.items():
             device.hold(start, times)
         return tables

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagellm_ir.lowering.plan import PrefixGroup
-from sagellm_ir.runtime.sharing import SharedTables
+from sagellm_ir.runtime.sharing import SharedTables, shared_starts
 
 SIZE = 4
 PATHS = st.lists(st.integers(0, 2), max_size=6).map(tuple)
@@ -50,3 +50,17 @@ def test_tables_that_part_and_meet_again_share_their_start_only() -> None:
     tree.enter("a", (1, 2, 3, 4))
     tree.enter("b", (1, 9, 3, 8))
     assert tree.groups() == (PrefixGroup(0, SIZE, ("a", "b")),)
+
+
+@given(st.lists(PATHS), st.sampled_from((1, 64)))
+def test_long_tables_are_compared_with_the_ones_before(
+    paths: list[tuple[int, ...]], times: int
+) -> None:
+    tables = [tuple(block for block in table(path) for _ in range(times)) for path in paths]
+    wanted, before = list[int](), tuple[int, ...]()
+    for blocks in tables:
+        pairs = enumerate(zip(blocks, before, strict=False))
+        wanted.append(next((at for at, (a, b) in pairs if a != b), min(len(blocks), len(before))))
+        before = blocks
+    short = max(map(len, tables), default=0) < 64
+    assert shared_starts(tables) == ([0] * len(tables) if short else wanted)

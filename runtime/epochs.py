@@ -216,8 +216,11 @@ class Epochs:
             if row is not None and (block := steps.hold(row, decl)):
                 held.append(block)
         target, taken = steps.target, len(steps.batch)
+        # How far they decode is decided anew, so that is not worth a step for every few tokens.
+        longest = max((decl.max_new_tokens for decl in decls), default=1)
         target = evolve(
             target,
+            max_loops=max(target.max_loops, longest),
             max_batch=target.max_batch - taken,
             max_tokens=target.max_tokens - (taken if target.mixed else 0),
         )

@@ -49,11 +49,11 @@ class Flight:
 
         Args:
             step: of prefills or of decodes.
-            rows: its sequences; None for those that are not there.
+            rows: the sequences of its decodes; None for those that are not there.
         """
         if step.prefill:
             return not self._checks.must_wait(step, self._admission.partial)
-        if not self._places or any(seq is None for seq in rows):
+        if not self._places or not rows or any(seq is None for seq in rows):
             return False
         decodes = all(
             seq.seq_id in self._places

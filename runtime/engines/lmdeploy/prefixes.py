@@ -83,10 +83,13 @@ class Prefixes:
         self._prompts.pop(seq.seq_id, None)
 
     def found(self, seq: Any) -> int:
-        """How many blocks at least a sequence without blocks finds in the trie."""
-        if not self._trie.enable or seq.logical_blocks._num_real:
+        """Blocks that a sequence without blocks was seen to find in the trie, when it was read or now."""
+        prompt = self._prompts.get(seq.seq_id)
+        if prompt is None or seq.logical_blocks._num_real:
             return 0
-        return len(self._prompt(seq).blocks)
+        if prompt.node.num_matched < prompt.start:
+            self._follow(seq, prompt)
+        return len(prompt.blocks)
 
     def common(self, seq: Any) -> int:
         """How many tokens of a sequence that was read others have computed, or are going to."""

@@ -185,10 +185,9 @@ class PlanDriver:
         if not self._todo:
             return False
         step = self._todo[0]
-        rows = [self.requests.found.get(name) for name in named(step)]
-        if rows and self._flight.leads_to(step, rows):
-            self._ready = step
-            self._plain = None if step.prefill else rows
+        rows = [] if step.prefill else [self.requests.found.get(name) for name in step.decode]
+        if self._flight.leads_to(step, rows):
+            self._ready, self._plain = step, rows or None
         return self._ready is not None and bool(step.prefill)
 
     def schedule(self, is_prefill: bool, prealloc_size: int) -> SchedulerOutput:

@@ -85,7 +85,7 @@ def run(row: tuple[str, int, int, int, bool], times: Times) -> str:
         np.concatenate((prefix, rng.integers(1000, 150_000, own)), dtype=np.int64)
         for _ in range(count)
     ]
-    planner = OnlinePlanner(target(), window=64, outlast=True, ahead=True)
+    planner = OnlinePlanner(target(), window=64, outlast=True)
     if again:
         submit(planner, "before", prefix)
         while planner.advance(lambda name: ANSWER) is not None:

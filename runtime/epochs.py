@@ -7,7 +7,6 @@ a `LiveBlock`. So nothing is computed twice.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, takewhile
 
@@ -25,9 +24,6 @@ __all__ = ["Epochs"]
 
 logger = logging.getLogger(__name__)
 
-_FEW = 4
-"""What part of the requests that have come may be compiled before the others."""
-
 
 class Epochs:
     """Compiles what has come and not finished its prompt, against what the engine holds.
@@ -37,14 +33,11 @@ class Epochs:
         passes: the compiler.
         reserve: tokens of an answer to plan at a time; None: all.
         window: waiting requests to plan at a time.
-        ahead: whether there is time to compile while a step is in flight.
     """
 
-    def __init__(
-        self, steps: Steps, passes: PassManager, reserve: int | None, window: int, ahead: bool
-    ) -> None:
+    def __init__(self, steps: Steps, passes: PassManager, reserve: int | None, window: int) -> None:
         self._steps, self._passes = steps, passes
-        self._reserve, self._window, self._ahead = reserve, window, ahead
+        self._reserve, self._window = reserve, window
         self.count = 0
         """Compilations so far."""
         self.newest: Callable[[], ExecutionPlan] | None = None
@@ -127,11 +120,10 @@ class Epochs:
         first = len(jobs)
         jobs += islice(self._candidates(), max(min(self._window, self._seats()) - first, 0))
         self.count += 1
-        if self._ahead and not steps.rows and self._begin_small(jobs):
-            return
         while jobs:
             try:
-                self._adopt(self._compile(jobs))
+                steps.fragment = self._compile(jobs)
+                self.newest = steps.fragment.plan
                 return
             except SageIRError as error:
                 if len(jobs) < 2 and not len(steps.batch) and not steps.spent:
@@ -141,52 +133,6 @@ class Epochs:
                 steps.requeue(job)
             jobs = jobs[: len(jobs) // 2]
         steps.full = True
-
-    def _adopt(self, fragment: Fragment) -> None:
-        self._steps.fragment, self.newest = fragment, fragment.plan
-
-    def _begin_small(self, jobs: Sequence[Job]) -> bool:
-        """Compile the first step alone, if few requests fill it: while it runs there is time for all of
-        them, and until then the device has nothing to do."""
-        few, target = self._enough(jobs), self._steps.target
-        if not 0 < few <= len(jobs) // _FEW:
-            return False
-        try:
-            fragment = self._compile(jobs[:few])
-        except SageIRError:
-            return False  # all of them together will say it
-        fragment.steps = fragment.steps[:1]
-        chunks = [chunk for step in fragment.steps for chunk in step.prefill]
-        tokens = sum(chunk.stop - chunk.start for chunk in chunks)
-        if tokens + target.block_size <= target.max_tokens:  # passes that leave room for others
-            fragment.close()
-            return False
-        fragment.decls = {chunk.request: fragment.decls[chunk.request] for chunk in chunks}
-        self._adopt(fragment)
-        return True
-
-    def _enough(self, jobs: Sequence[Job]) -> int:
-        """How many of some requests fill the first step, whatever follows them; 0: nobody can tell
-        without compiling them all.
-
-        They do in order, up to one that shares its start with others: those come next.
-        """
-        shelves, target = self._steps.ledger, self._steps.target
-        if any(job.request.deadline is not None for job in jobs):
-            return 0
-        starts, room = Counter(job.start for job in jobs), target.max_tokens
-        for number, job in enumerate(jobs, 1):
-            blocks = self._steps.requests.read(job)
-            hits = sum(1 for _ in takewhile(shelves[DEVICE].block_of.__contains__, blocks))
-            behind = blocks[hits : hits + 1]
-            if any(not shelf.block_of.keys().isdisjoint(behind) for shelf in shelves.values()):
-                return 0  # from a lower tier, which takes a step of its own
-            room -= job.known - hits * target.block_size
-            if room <= 0:
-                return number
-            if job.start and starts[job.start] > 1:
-                return 0
-        return 0
 
     def _candidates(self) -> Iterator[Job]:
         """Those that may start, up to the first that there is no room for."""

@@ -59,8 +59,6 @@ class OnlinePlanner:
         window: waiting requests to plan at a time.
         outlast: let a decode step go on when the first of its answers has ended, up to
             `max_loops`. For engines that end an answer inside a step by themselves.
-        ahead: the engine calls `step_ahead` or `compile_ahead` while a step is in flight. Then the
-            first step of many requests that come at once does not wait until all are compiled.
         spill: keep cached blocks that give way in the host tier; any step may then have moves.
 
     Raises:
@@ -75,7 +73,6 @@ class OnlinePlanner:
         reserve: int | None = None,
         window: int = 256,
         outlast: bool = False,
-        ahead: bool = False,
         spill: bool = False,
     ) -> None:
         if len(target.workers) != 1:
@@ -86,7 +83,7 @@ class OnlinePlanner:
         self._requests = Requests(target)
         self._ledger = Ledger(target, spill)
         self._steps = Steps(target, self._requests, self._ledger, Batch(target, outlast))
-        self._epochs = Epochs(self._steps, passes, reserve, window, ahead)
+        self._epochs = Epochs(self._steps, passes, reserve, window)
         warm_up(target, passes.run)
 
     @property

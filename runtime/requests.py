@@ -27,8 +27,6 @@ class Job:
     """How many were submitted before it."""
     prompt: UnreadPrompt | None
     """Until it is read."""
-    start: bytes
-    """See `UnreadPrompt`."""
     blocks: tuple[int, ...] = ()
     """Content ids of the full blocks of what is known of it, once it is read."""
     last: bytes = b""
@@ -74,7 +72,7 @@ class Requests:
         """Take up a request with this prompt."""
         space = self._space(request.adapter, request.tenant)
         prompt = self._ids.unread(tokens, space)
-        job = Job(request, self._submitted, prompt, prompt.start)
+        job = Job(request, self._submitted, prompt)
         self._submitted += 1
         self.jobs[request.id] = self.waiting[request.id] = job
         if request.session is not None:

@@ -40,9 +40,7 @@ def attach(role: str, engine: Any = None) -> PlanDriver | None:
         return None
     requests = NamedSequences(engine.scheduler, Names())
     target = target_of(engine, base_target(config))
-    planner = OnlinePlanner(
-        target, config.engine.pipeline, window=_WINDOW, outlast=True, ahead=True
-    )
+    planner = OnlinePlanner(target, config.engine.pipeline, window=_WINDOW, outlast=True)
     source = OnlineSource(planner, requests)
     try:
         return PlanDriver(engine, source, requests)

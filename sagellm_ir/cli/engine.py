@@ -125,7 +125,7 @@ def list_engines(
 def print_engines(title: str, rows: list[dict[str, Any]]) -> None:
     """A table of engines, as this machine's files or a gateway tell of them."""
     if not rows:
-        shared.note(f"{title}: none; `sagellm-ir llm engine start MODEL` starts one")
+        shared.note(f"{title}: none; `llm engine start MODEL` starts one")
         return
     shared.print_table(
         title,

@@ -1,12 +1,24 @@
-"""Help that ends with an example, under the name by which the user called the command."""
+"""What is said under the name that the user typed: help that ends with an example, and messages."""
 
+import re
 from copy import copy
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["Command", "Group", "flag", "group"]
+__all__ = ["Command", "Group", "as_called", "flag", "group"]
+
+_COMMAND = re.compile(r"\bsagellm-ir (?=[a-z])")
+
+
+def as_called(text: str, called: str) -> str:
+    """A message, which names commands as `sagellm-ir ...`: inside SAGE these are `sage infer ...`.
+
+    Args:
+        called: what the user typed: `sagellm-ir run`, `sage llm serve`.
+    """
+    return _COMMAND.sub("sage infer ", text) if called.startswith("sage ") else text
 
 
 class Command(TyperCommand):

@@ -1,12 +1,11 @@
 """What all commands share: output, errors, and options that mean the same everywhere."""
 
 import errno
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sagellm_ir.cli.help import Command, flag
+from sagellm_ir.cli.help import Command, as_called, flag
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.files import read_text, write_atomic
 
@@ -136,30 +135,40 @@ def command(
     """
 
     def decorate(function: Callable[Args, Result]) -> Callable[Args, Result]:
-        @functools.wraps(function)
-        def guarded(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-            try:
-                return function(*args, **kwargs)
-            except (SageIRError, ModuleNotFoundError) as error:
-                stderr().print(str(_told(error)), markup=False, soft_wrap=True)
-                raise typer.Exit(1) from None
-            except BrokenPipeError:
-                # The reader (`head`, say) has gone; nothing more to say, not even at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(0) from None
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                note(f"cannot write the result: {error.strerror}")
-                raise typer.Exit(1) from None
-            except KeyboardInterrupt:
-                note("interrupted")
-                raise typer.Exit(130) from None
-
-        app.command(name, cls=Command, epilog=example)(guarded)
+        app.command(name, cls=_Guarded, epilog=example)(function)
         return function
 
     return decorate
+
+
+class _Guarded(Command):
+    """Ends with a message and an exit code where the function raises what a user can cause."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _guard(ctx.command_path):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _guard(called: str) -> Iterator[None]:
+    try:
+        yield
+    except (SageIRError, ModuleNotFoundError) as error:
+        message = as_called(str(_told(error)), called)
+        stderr().print(message, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone; nothing more to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        note(f"cannot write the result: {error.strerror}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        note("interrupted")
+        raise typer.Exit(130) from None
 
 
 def _told(error: SageIRError | ModuleNotFoundError) -> SageIRError:

@@ -74,6 +74,9 @@ def test_help_options_and_exit_codes_reach_us(which: str, request: pytest.Fixtur
     assert "did you mean 'schedule'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     assert run(sage, "infer", "ir", "dump", "--nope").returncode == 2
+    told = run(sage, "infer", "patches", "status", "--target", "examples")
+    assert told.returncode == 1
+    assert "run `sage infer patches apply` to" in told.stderr
 
 
 @pytest.mark.parametrize("which", ["isage", "isage_cli"])

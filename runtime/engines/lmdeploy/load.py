@@ -132,7 +132,7 @@ def _check() -> None:
         raise SageIRError(
             Diagnostic(
                 f"LMDeploy in {found.root} is not patched ({found.state})",
-                help="sage infer patches apply --target installed",
+                help="patch it: `sagellm-ir patches apply --target installed`",
             )
         )
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Plans for an LMDeploy that somebody else starts: its server, its benchmark, your script.
 
-    sage infer patches apply --target installed
+    sagellm-ir patches apply --target installed
     LMDEPLOY_PYTORCH_PLUGIN=sagellm_ir.runtime.engines.lmdeploy.plugin:attach lmdeploy serve api_server MODEL
 
 `sage_llm.yaml` and the environment configure it as they do any engine: `engine.pipeline` names the

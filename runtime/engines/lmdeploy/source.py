@@ -67,7 +67,7 @@ def _holds(root: Path) -> Path:
         Diagnostic(
             f"there is no LMDeploy in {root}",
             help="name a folder that holds lmdeploy/, or 'installed', with --target; "
-            "or run 'sage infer patches apply' to unpack the pinned version",
+            "or run `sagellm-ir patches apply` to unpack the pinned version",
         )
     )
 

@@ -177,7 +177,15 @@ def _run(kind: str, python: str, model: str, folder: Path, dtype: str) -> _Run:
     """
     answers, trace = folder / f"{kind}.answers", folder / f"{kind}.trace"
     words: tuple[str | Path, ...]
-    words = ("--plan", folder / f"{dtype}.json", "--engine", kind, "--model", model, "--ignore-eos")
+    words = (
+        "--plan",
+        folder / f"{dtype}.json",
+        "--backend",
+        kind,
+        "--model",
+        model,
+        "--ignore-eos",
+    )
     words += ("--dtype", dtype, "--trace", trace, "-o", answers)
     command = (python, "-m", "sagellm_ir", "run", *words)
     # Triton rounds float32 to fewer bits in products, unless it is told not to.

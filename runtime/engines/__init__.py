@@ -48,6 +48,8 @@ class BackendKind:
     """`module:function`, called as `function(model, **options) -> LoadedBackend`."""
     target: str = "cpu"
     """The preset that its plans are compiled for where nobody says another."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """Types it can compute in, by their torch names; the first where nobody says another."""
 
     @property
     def missing(self) -> list[str]:
@@ -64,6 +66,20 @@ class BackendKind:
         if missing := self.missing:
             message = f"engine {self.name!r} needs {', '.join(missing)}"
             raise SageIRError(Diagnostic(message, help=self.install))
+
+    def dtype(self, wanted: str | None) -> str:
+        """The type to compute in.
+
+        Args:
+            wanted: by the user; None: the engine's own.
+
+        Raises:
+            SageIRError: the engine cannot compute in it.
+        """
+        if wanted is None or wanted in self.dtypes:
+            return wanted or self.dtypes[0]
+        message = f"engine {self.name!r} does not compute in {wanted!r}"
+        raise SageIRError(Diagnostic(message, help=f"--dtype {' or '.join(self.dtypes)}"))
 
 
 @frozen
@@ -110,6 +126,7 @@ BACKENDS = (
         "lmdeploy",
         "sagellm_ir.runtime.engines.lmdeploy.load:load_lmdeploy",
         "h100",
+        ("bfloat16", "float16"),
     ),
 )
 

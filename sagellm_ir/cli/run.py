@@ -39,7 +39,7 @@ TargetName = Annotated[
         "--target",
         "-t",
         metavar="NAME|FILE",
-        help="What to compile for; default: cpu, vllm-cpu or h100, by the engine.",
+        help="What to compile for; default: cpu, vllm-cpu or h100, by the backend.",
     ),
 ]
 
@@ -69,13 +69,20 @@ def run(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FOLDER|FILE", help="The model; default: the target's."),
+        typer.Option(
+            metavar="NAME|FOLDER|FILE",
+            help="The model; default: the target's, if it is here. lmdeploy's must be named.",
+        ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="Arithmetic.")
-    ] = "float32",
-    engine: Annotated[
-        str, typer.Option(metavar="|".join(ENGINES), help="What runs the plan.")
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Arithmetic; default: float32, and bfloat16 for lmdeploy, which knows 16 bits only.",
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="|".join(ENGINES), help="The engine that runs the plan.")
     ] = "embedded",
     kv_schema: shared.KVSchema = "preset=auto",
     level: shared.Level = 2,
@@ -99,10 +106,10 @@ def run(
     """Compile requests to a plan and run it, or run a plan file; print the answers."""
     if sum(bool(source) for source in (request, prompt, plan)) != 1:
         raise typer.BadParameter("give one of --request, --prompt and --plan")
-    shared.one_of("--engine", engine, ENGINES)
-    kind = find_backend(engine)
+    shared.one_of("--backend", backend, ENGINES)
+    kind = find_backend(backend)
+    choice = EngineChoice(backend, model, kind.dtype(dtype), kv_schema, ignore_eos)
     kind.require()
-    choice = EngineChoice(engine, model, dtype, kv_schema, ignore_eos)
     if plan is not None:
         job = _load(plan, choice, trace)
     else:
@@ -118,7 +125,7 @@ def run(
         passes = choose_pipeline(level, pipeline)
         made = compilation.plan(compilation.run_passes(passes, Reproducer(REPRO)))
         job = _Job(made, make, trace)
-    if engine == "simulator":
+    if backend == "simulator":
         simulate(job.plan, as_json, output, trace)
         return
     report = _watch(job, quiet=as_json or output is not None)

@@ -49,6 +49,8 @@ class EngineChoice:
             from sagellm_ir.runtime.engines.simulator import SimulatorEngine
 
             return schema.fit(shape, self.dtype), SimulatorEngine
+        if self.model is None:
+            _check_is_here(shape.name)
         name = self.model or shape.name
         with shared.working(f"loading {name}"):
             if self.kind == "embedded":
@@ -66,8 +68,6 @@ class EngineChoice:
         """vLLM and LMDeploy are loaded when the target is known."""
         from sagellm_ir.runtime.engines.embedded.load import DTYPES, open_model
 
-        if self.dtype not in DTYPES:
-            raise SageIRError(Diagnostic(f"unknown dtype {self.dtype!r}"))
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers
 
         def make(target: Target) -> "InferenceBackend":
@@ -97,6 +97,19 @@ class EngineChoice:
             folder, target, self.dtype, stop_at_eos=not self.ignore_eos, kv_schema=schema
         )
         return engine
+
+
+def _check_is_here(name: str) -> None:
+    """A target says which model it is for, not where that is: only packaged ones are found by name.
+
+    Raises:
+        SageIRError: this one is not.
+    """
+    from sagellm_ir.runtime.engines.embedded.load import PACKAGED
+
+    if name not in PACKAGED and not Path(name).exists():
+        help_ = f"say which with --model: a folder, a .gguf file, or {', '.join(PACKAGED)}"
+        raise SageIRError(Diagnostic(f"the target's model, {name!r}, is not here", help=help_))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 EngineId = typer.Option("--engine-id", metavar="ID", help="Its name at the gateway.")
-Backend = typer.Option("--backend", metavar="KIND", help="What runs it: `backend list`.")
+Backend = typer.Option("--backend", metavar="KIND", help="The engine that runs it: `backend list`.")
 KVSchema = typer.Option("--kv-schema", metavar="preset=NAME", help="How KV is stored.")
 PipelineText = typer.Option("--pipeline", "-p", metavar="TEXT", help="Passes: O0 to O3, or a list.")
 Host = typer.Option("--host", metavar="ADDRESS", help="Where to listen.")

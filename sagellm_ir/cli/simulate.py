@@ -1,4 +1,4 @@
-"""`run --engine simulator`: a plan in virtual time."""
+"""`run --backend simulator`: a plan in virtual time."""
 
 import math
 from pathlib import Path

@@ -45,7 +45,9 @@ def rows(out: str) -> dict[str, Any]:
 def test_run_writes_a_trace(cli: Cli, tmp_path: Path) -> None:
     plan, trace = tmp_path / "plan.json", tmp_path / "trace"
     cli("plan", "-r", "examples/tokens.jsonl", "-o", str(plan))
-    assert cli("run", "--plan", str(plan), "--engine", "simulator", "--trace", str(trace)).code == 0
+    assert (
+        cli("run", "--plan", str(plan), "--backend", "simulator", "--trace", str(trace)).code == 0
+    )
     found = load_trace(trace)
     assert len(chunks(found)) == sum(len(step.prefill) for step in load_plan(plan).steps)
 

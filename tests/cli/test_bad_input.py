@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sagellm_ir.cli.run_engines import EngineChoice
+from sagellm_ir.diagnostics import SageIRError
+from sagellm_ir.presets import load_target
 from sagellm_ir.runtime.engines import find_backend
 from tests.cli.conftest import EXAMPLES, Cli
 
@@ -106,7 +109,7 @@ def plan_file(cli: Cli, tmp_path: Path) -> Path:
 def test_a_truncated_plan(cli: Cli, tmp_path: Path) -> None:
     path = plan_file(cli, tmp_path)
     path.write_text(path.read_text()[:-40])
-    ran = cli("run", "--plan", str(path), "--engine", "simulator")
+    ran = cli("run", "--plan", str(path), "--backend", "simulator")
     assert (ran.code, ran.out) == (1, "")
     assert str(path) in ran.err
 
@@ -116,7 +119,7 @@ def test_a_plan_that_breaks_a_law(cli: Cli, tmp_path: Path) -> None:
     plan = json.loads(path.read_text())
     plan["steps"][0]["binds"] = []
     path.write_text(json.dumps(plan))
-    ran = cli("run", "--plan", str(path), "--engine", "simulator")
+    ran = cli("run", "--plan", str(path), "--backend", "simulator")
     assert (ran.code, ran.out) == (1, "")
     assert "step 0" in ran.err
 
@@ -141,9 +144,25 @@ def test_a_plan_for_another_target(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not find_backend("vllm").missing, reason="vLLM is here")
 def test_a_plan_for_an_engine_that_is_not_installed(cli: Cli, tmp_path: Path) -> None:
-    ran = cli("run", "--plan", str(plan_file(cli, tmp_path)), "--engine", "vllm")
+    ran = cli("run", "--plan", str(plan_file(cli, tmp_path)), "--backend", "vllm")
     assert (ran.code, ran.out) == (1, "")
     assert "pip install 'sagellm-ir[vllm]'" in ran.err
+
+
+def test_an_engine_of_16_bits_says_so(cli: Cli) -> None:
+    ran = cli("run", "--prompt", "hi", "--backend", "lmdeploy", "--dtype", "float32")
+    assert (ran.code, ran.out) == (1, "")
+    assert "'lmdeploy' does not compute in 'float32'" in ran.err
+    assert "--dtype bfloat16 or float16" in ran.err
+    assert find_backend("lmdeploy").dtype(None) == "bfloat16"
+    assert find_backend("embedded").dtype(None) == "float32"
+
+
+@pytest.mark.parametrize("engine", ["embedded", "lmdeploy"])
+def test_the_model_of_a_target_is_not_here(engine: str) -> None:
+    choice = EngineChoice(engine, None, "bfloat16", "preset=auto")
+    with pytest.raises(SageIRError, match=r"'qwen2.5-7b', is not here\n.*--model"):
+        choice.load(load_target("h100").model)
 
 
 @pytest.mark.parametrize(

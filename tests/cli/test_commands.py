@@ -149,10 +149,10 @@ def test_plan_files_run_on_the_simulator(cli: Cli, tmp_path: Path) -> None:
     shown = cli("plan", "-r", TOKENS, "-o", str(path))
     assert shown.out.startswith("step")
     assert "█" in shown.out
-    ran = cli("run", "--plan", str(path), "--engine", "simulator", "--json")
+    ran = cli("run", "--plan", str(path), "--backend", "simulator", "--json")
     requests = json.loads(ran.out)["requests"]
     assert [request["generated"] for request in requests] == [8, 12, 16, 8]
-    shown = cli("run", "--plan", str(path), "--engine", "simulator")
+    shown = cli("run", "--plan", str(path), "--backend", "simulator")
     assert "first token s" in shown.out
     assert "ttft p99" in shown.err
 

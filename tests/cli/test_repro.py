@@ -67,7 +67,7 @@ def test_the_printed_command_fails_again(site: Path, tmp_path: Path) -> None:
     assert run(*shlex.split(printed[1]), "--bisect").stdout == "fails from rewrite 2 on\n"
 
 
-@pytest.mark.parametrize("command", [("ir", "dump"), ("plan",), ("run", "--engine", "simulator")])
+@pytest.mark.parametrize("command", [("ir", "dump"), ("plan",), ("run", "--backend", "simulator")])
 def test_commands_that_take_requests_leave_a_reproducer_too(
     site: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:

@@ -3,6 +3,7 @@ prompts whose chunks are in flight, and requests that come while the first forwa
 
 import asyncio
 import random
+import types
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from lmdeploy.messages import GenerationConfig
 
-from sagellm_ir.lowering.plan import PrefillChunk
+from sagellm_ir.lowering.plan import PlanStep, PrefillChunk
 from sagellm_ir.runtime.engines.lmdeploy.admission import Admission
+from sagellm_ir.runtime.engines.lmdeploy.checks import StepChecks
+from sagellm_ir.runtime.engines.lmdeploy.flight import Flight
 from sagellm_ir.runtime.engines.lmdeploy.kv_manager import KVManager
 from sagellm_ir.runtime.engines.lmdeploy.online import OnlineSource, target_of
 from sagellm_ir.runtime.engines.lmdeploy.scheduler import PlanDriver
@@ -153,6 +156,37 @@ def test_a_row_that_is_broken_off_in_flight_is_not_missed() -> None:
 
     run(work)
     check(eng.scheduler)
+
+
+def test_which_decodes_may_follow() -> None:
+    sched = scheduler()
+    kv = KVManager(sched)
+    admission = Admission(kv)
+    alone = types.SimpleNamespace(dist_config=types.SimpleNamespace(world_size=1))
+    names = NamedSequences(sched, Names())
+    flight = Flight(alone, admission, StepChecks(names))
+    rows = [add(sched, number, [number] * 9) for number in range(3)]
+    chunks = [PrefillChunk(f"session-{number}-9", 0, 9) for number in range(3)]
+    assert admission.prefill(zip(rows, chunks, strict=True)) == rows
+    flight.took(rows, is_prefill=True)
+    sched.lock_running(rows)
+    step = PlanStep(0, decode=("a", "b"), loops=4)
+    assert not flight.leads_to(step, rows)  # behind a prefill
+    flight.took(rows[:2], is_prefill=False)
+    assert flight.leads_to(step, rows[1::-1])
+    assert flight.places(rows[1::-1]).tolist() == [1, 0]
+    assert not flight.leads_to(step, rows)  # one of them is not in it
+    assert not flight.leads_to(step, [rows[0], None])
+    assert not flight.leads_to(PlanStep(0), [])
+    rows[0].model_meta = {"said": "by the last forward"}
+    assert not flight.leads_to(step, rows[:2])
+    rows[0].model_meta, rows[1].sampling_param.min_new_tokens = None, rows[1].num_new_tokens + 1
+    assert not flight.leads_to(step, rows[:2])
+    assert flight.leads_to(step, rows[:1])
+    alone.dist_config.world_size = 2
+    several = Flight(alone, admission, StepChecks(names))
+    several.took(rows[:2], is_prefill=False)
+    assert not several.leads_to(step, rows[:1])
 
 
 @pytest.mark.parametrize("config", [{"num_cpu_blocks": 64}, {"num_gpu_blocks": 12}])

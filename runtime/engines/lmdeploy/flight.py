@@ -55,14 +55,17 @@ class Flight:
             return not self._checks.must_wait(step, self._admission.partial)
         if not self._places or not rows or any(seq is None for seq in rows):
             return False
-        decodes = all(
-            seq.seq_id in self._places
-            and seq.status is MessageStatus.LOCKED
-            # LMDeploy decides for a whole step whether an answer may end.
-            and seq.num_new_tokens + 1 != seq.sampling_param.min_new_tokens
-            for seq in rows
-        )
-        return decodes and self._admission.has_room(rows, step.loops + 1)
+        return all(map(self._decodes_on, rows)) and self._admission.has_room(rows, step.loops + 1)
+
+    def _decodes_on(self, seq: Any) -> bool:
+        """Whether a sequence decodes in flight, and the host need not know its last token.
+
+        LMDeploy decides for a whole step whether an answer may end; and what some models say of a
+        sequence (`model_meta`) comes with its tokens.
+        """
+        in_flight = seq.seq_id in self._places and seq.status is MessageStatus.LOCKED
+        may_end = seq.num_new_tokens + 1 == seq.sampling_param.min_new_tokens
+        return in_flight and not may_end and seq.model_meta is None
 
     def pending(self, rows: Sequence[Any]) -> int:
         """Tokens of each row of a decode that the step in flight is still to give."""

@@ -44,10 +44,6 @@ class RequestTrace:
     first: int
     """The step of its first forward or move."""
     last: int
-    start: float
-    """Virtual time of its first step, in seconds."""
-    end: float
-    """Virtual time at which its last step ends."""
     waited: Counter[Limit]
     """Steps between arrival and admission, by what held it back in each."""
 
@@ -143,9 +139,8 @@ def _trace(problem: Problem, timeline: Timeline, request: int) -> RequestTrace:
     for step in range(ready, admitted):
         if timeline.worker[step] == timeline.worker[first]:
             waited[_reason(timeline, request, step)] += 1
-    start, end = timeline.start[first], timeline.start[last] + timeline.cost[last]
     name = problem.graph.requests[request].id
-    return RequestTrace(name, ready, admitted, first, last, start, end, waited)
+    return RequestTrace(name, ready, admitted, first, last, waited)
 
 
 def _reason(timeline: Timeline, request: int, step: int) -> Limit:

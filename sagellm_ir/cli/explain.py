@@ -10,7 +10,7 @@ from sagellm_ir.cli import shared
 from sagellm_ir.cli.compiling import choose_pipeline, start
 
 if TYPE_CHECKING:
-    from sagellm_ir.passes.explain import Explanation
+    from sagellm_ir.lowering.explain import Explanation
 
 __all__ = ["add_to"]
 
@@ -43,7 +43,7 @@ def explain(
     as_json: shared.AsJson = False,
 ) -> None:
     """Why a request waited, what it shared with others, and what was evicted for it."""
-    from sagellm_ir.passes.explain import explain_request
+    from sagellm_ir.lowering.explain import explain_request
 
     compilation = start(request, target, overrides, tokenizer, skip_bad, limit, max_new)
     passes = choose_pipeline(level, pipeline)
@@ -55,14 +55,13 @@ def explain(
 
 
 def _lines(request_id: str, found: "Explanation") -> Iterator[str]:
-    trace = found.trace
     yield f"request {request_id}"
     yield (
-        f"  runs in steps {trace.first} to {trace.last}, "
-        f"{trace.start * 1e3:.1f} ms to {trace.end * 1e3:.1f} ms of predicted time"
+        f"  runs in steps {found.first} to {found.last}, "
+        f"{found.start * 1e3:.1f} ms to {found.end * 1e3:.1f} ms of predicted time"
     )
-    if trace.waited:
-        for limit, steps in trace.waited.most_common():
+    if found.waited:
+        for limit, steps in found.waited.most_common():
             yield f"  waited {steps} steps: {BECAUSE[limit.value]}"
     else:
         yield "  did not wait"

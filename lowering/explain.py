@@ -1,14 +1,18 @@
 """`explain_request`: why a request waited, what it shared, what was evicted for it."""
 
+from collections import Counter
+
 from attrs import frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
 from sagellm_ir.graph import IRGraph
+from sagellm_ir.lowering.lower import lower
+from sagellm_ir.lowering.render import plan_bars
 from sagellm_ir.nodes import Decode, KVFetch, KVMigrate, KVNode, Prefill
 from sagellm_ir.passes.manager import PassManager
 from sagellm_ir.passes.pipeline import Pipeline
 from sagellm_ir.passes.schedule import Schedule
-from sagellm_ir.passes.scheduling.timeline import RequestTrace
+from sagellm_ir.passes.scheduling.timeline import Limit
 
 __all__ = ["Explanation", "Move", "Span", "explain_request"]
 
@@ -44,7 +48,15 @@ class Move:
 class Explanation:
     """One request's way through the compiler."""
 
-    trace: RequestTrace
+    first: int
+    last: int
+    """Steps of the plan: the first and the last that it has a row in."""
+    start: float
+    end: float
+    """Predicted seconds by the plan's clock, which `plan_rows` keeps: of the first step's start and the
+    last one's end. The scheduler's own estimates, by which it chose, do not know of groups."""
+    waited: Counter[Limit]
+    """Steps between its arrival and its admission, by what held it back in each."""
     spans: tuple[Span, ...]
     """Its prompt, in order."""
     evictions: tuple[Move, ...]
@@ -53,7 +65,7 @@ class Explanation:
 
 
 def explain_request(graph: IRGraph, pipeline: Pipeline, request: str) -> Explanation:
-    """Compiles a graph and follows one request.
+    """Compiles a graph to a plan and follows one request.
 
     Args:
         graph: built.
@@ -74,8 +86,16 @@ def explain_request(graph: IRGraph, pipeline: Pipeline, request: str) -> Explana
     [trace] = (item for item in schedule.trace(before) if item.request == request)
     decodes = [n for n in after.nodes if isinstance(n, Decode) and n.request == request]
     steps = [step for node in decodes for step in (node.step, node.until) if step is not None]
+    bars = [bar for bar in plan_bars(lower(after)) if bar.request == request]
     return Explanation(
-        trace, _spans(after, request), _evictions(after, request), (min(steps), max(steps))
+        bars[0].first,
+        bars[-1].last,
+        bars[0].start,
+        bars[-1].stop,
+        trace.waited,
+        _spans(after, request),
+        _evictions(after, request),
+        (min(steps), max(steps)),
     )
 
 

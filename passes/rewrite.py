@@ -28,6 +28,7 @@ __all__ = [
     "finish",
     "merge",
     "part",
+    "prefill_part",
     "sources",
     "split",
     "topological",
@@ -99,22 +100,36 @@ def part(
 ) -> Piece:
     """A node like another, for another span. `origin` None means that of the other one."""
     origin = origin or node.origin
-    if type(node) is Prefill:  # nearly all are, and `replace` takes twice as long
-        prefill = Prefill(
-            name,
-            node.request,
-            start,
-            stop,
-            operands=operands,
-            after=after,
-            step=node.step,
-            worker=node.worker,
-            loc=node.loc,
-            origin=origin,
-        )
-        return cast(Piece, prefill)
+    if isinstance(node, Prefill):  # nearly all are
+        made = prefill_part(node, name, start, stop, operands, after, node.step, origin)
+        return cast(Piece, made)
     return node.replace(
         name=name, start=start, stop=stop, operands=operands, after=after, origin=origin
+    )
+
+
+def prefill_part(
+    node: Prefill,
+    name: str,
+    start: int,
+    stop: int,
+    operands: tuple[str, ...],
+    after: tuple[str, ...],
+    step: int | None,
+    origin: Origin | None,
+) -> Prefill:
+    """A prefill like another, for another span, in a step. `replace` takes twice as long."""
+    return Prefill(
+        name,
+        node.request,
+        start,
+        stop,
+        operands=operands,
+        after=after,
+        step=step,
+        worker=node.worker,
+        loc=node.loc,
+        origin=origin,
     )
 
 

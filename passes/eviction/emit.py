@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import (
@@ -200,37 +201,18 @@ class _Emitter:
             operands = (copy, *operands)
         self.now[value] = name
         self.computed[value] = away.store < 0
-        after = node.after if unstarted else ()
-        origin = Origin(BY, (node.name,))
+        where: dict[str, Any] = {
+            "operands": operands,
+            "after": node.after if unstarted else (),
+            "step": step,
+            "worker": node.worker,
+            "loc": node.loc,
+            "origin": Origin(BY, (node.name,)),
+        }
         if away.store >= 0:
-            return [
-                KVFetch(
-                    name,
-                    node.request,
-                    node.start,
-                    node.stop,
-                    operands=operands,
-                    after=after,
-                    step=step,
-                    worker=node.worker,
-                    loc=node.loc,
-                    origin=origin,
-                    src=tier,
-                )
-            ]
-        made = Prefill(
-            name,
-            node.request if reader is None else reader,
-            node.start,
-            node.stop,
-            operands=operands,
-            after=after,
-            step=step,
-            worker=node.worker,
-            loc=node.loc,
-            origin=origin,
-        )
-        return self._chunks(made)
+            return [KVFetch(name, node.request, node.start, node.stop, **where, src=tier)]
+        request = node.request if reader is None else reader
+        return self._chunks(Prefill(name, request, node.start, node.stop, **where))
 
     def _prefix(self, value: int) -> tuple[str, ...]:
         at = self.live.prefix[value]

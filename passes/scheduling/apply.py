@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from sagellm_ir.graph import IRGraph
 from sagellm_ir.nodes import AllReduce, Decode, IRNode, Origin, Prefill
 from sagellm_ir.nodes.allreduce import payload
-from sagellm_ir.passes.rewrite import Names
+from sagellm_ir.passes.rewrite import Names, prefill_part
 from sagellm_ir.passes.scheduling.problem import COLLECTIVE, Problem
 from sagellm_ir.passes.scheduling.timeline import Piece, Timeline
 
@@ -46,7 +46,7 @@ def apply(problem: Problem, timeline: Timeline) -> IRGraph:
 def at_step(node: IRNode, step: int, until: int = -1) -> IRNode:
     """The node in a step. Direct construction takes less time than `replace`."""
     if type(node) is Prefill:
-        return _part(
+        return prefill_part(
             node, node.name, node.start, node.stop, node.operands, node.after, step, node.origin
         )
     if type(node) is Decode:
@@ -66,39 +66,17 @@ def at_step(node: IRNode, step: int, until: int = -1) -> IRNode:
     return node.replace(step=step)
 
 
-def _part(
-    node: Prefill,
-    name: str,
-    start: int,
-    stop: int,
-    operands: tuple[str, ...],
-    after: tuple[str, ...],
-    step: int,
-    origin: Origin | None,
-) -> Prefill:
-    return Prefill(
-        name,
-        node.request,
-        start,
-        stop,
-        operands=operands,
-        after=after,
-        step=step,
-        worker=node.worker,
-        loc=node.loc,
-        origin=origin,
-    )
-
-
 def _cut(node: Prefill, pieces: list[Piece], step: int, names: Names) -> list[IRNode]:
     """The node as a chain; its last part keeps its name, so its users stay as they are."""
     chain: list[IRNode] = []
     origin, operands, after, start = Origin(BY, (node.name,)), node.operands, node.after, node.start
     for number, (stop, at) in enumerate(pieces):
         name = names.fresh(f"{node.name}.{number}")
-        chain.append(_part(node, name, start, stop, operands, after, at, origin))
+        chain.append(prefill_part(node, name, start, stop, operands, after, at, origin))
         operands, after, start = (name,), (), stop
-    chain.append(_part(node, node.name, start, node.stop, operands, after, step, node.origin))
+    chain.append(
+        prefill_part(node, node.name, start, node.stop, operands, after, step, node.origin)
+    )
     return chain
 
 

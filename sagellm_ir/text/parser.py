@@ -1,16 +1,14 @@
-"""Text -> `IRGraph`: Lark finds the lines and their parts, this module reads the parts.
+"""Text -> `IRGraph`: `lines.py` finds the lines and their parts, this module reads the parts.
 
 The parser accepts every graph that is well formed as text; whether it makes sense is for
 `sagellm_ir.verify` to say.
 """
 
 import re
-from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar
 
 import attrs
-from lark import Lark, Token, Transformer
+from lark import Token
 from lark.exceptions import UnexpectedInput
 
 from sagellm_ir.diagnostics import SageIRError, suggest
@@ -18,7 +16,8 @@ from sagellm_ir.graph import STAGES, CachedBlocks, IRGraph, RequestDecl
 from sagellm_ir.nodes import KINDS, IRNode, KVNode, Location
 from sagellm_ir.target import Device, ModelSpec, Target, Tier, Worker
 from sagellm_ir.text.errors import Fault, diagnose, fault_of
-from sagellm_ir.text.syntax import TEXT_VERSION, attributes_of
+from sagellm_ir.text.lines import DeclarationLine, NodeLine, StepsLine, read_lines
+from sagellm_ir.text.syntax import attributes_of
 from sagellm_ir.text.values import (
     MAX_INTS,
     NAME,
@@ -26,7 +25,6 @@ from sagellm_ir.text.values import (
     position,
     read_attributes,
     unquote,
-    value_names,
 )
 
 __all__ = ["parse_graph"]
@@ -41,11 +39,8 @@ _DECLARATIONS: dict[str, type] = {
     "cache": CachedBlocks,
     "request": RequestDecl,
 }
-_RESULT = re.compile(rf"%{NAME}[ \t]*=[ \t]*(\w+)[ \t]*(?:@{NAME}[ \t]*(\[.*))?")
 _SYMBOL = re.compile(rf"@{NAME}[ \t]*")
-_SPAN = re.compile(r"\[[ \t]*(\d{1,18})[ \t]*:[ \t]*(\d{1,18})[ \t]*\]")
 _RUN = re.compile(r"[ \t]*(\d{1,18})(?:x(\d{1,18}))?[ \t]*(,|\])")
-_HEADER = re.compile(r"(?:\s+|//[^\n]*)*(sagellm_ir[ \t]+(\S+))?")
 
 
 def parse_graph(text: str, filename: str = "<text>") -> IRGraph:
@@ -55,117 +50,11 @@ def parse_graph(text: str, filename: str = "<text>") -> IRGraph:
         SageIRError: the text is not of this version or not well formed.
     """
     try:
-        return _Builder(filename).graph(*_lines(text))
+        return _Builder(filename).graph(*read_lines(text))
     except UnexpectedInput as error:
         raise SageIRError(diagnose(fault_of(error, text), text, filename)) from None
     except Fault as fault:
         raise SageIRError(diagnose(fault, text, filename)) from None
-
-
-@cache
-def _lark() -> Lark:
-    grammar = files("sagellm_ir.text").joinpath(f"grammar_v{TEXT_VERSION}.lark")
-    return Lark(
-        grammar.read_text(encoding="utf-8"),
-        parser="lalr",
-        transformer=_Lines(),
-        maybe_placeholders=True,
-    )
-
-
-def _lines(text: str) -> tuple[Token, Token | None, list[Any]]:
-    """The graph's name, its attributes, and its lines."""
-    _check_version(text)
-    # Not a tree: what `_Lines.start` returns.
-    return cast("tuple[Token, Token | None, list[Any]]", _lark().parse(text))
-
-
-def _check_version(text: str) -> None:
-    header = _HEADER.match(text)
-    if header is None or header[1] is None:
-        raise Fault(
-            header.end() if header else 0,
-            f"expected 'sagellm_ir {TEXT_VERSION}' as the first line",
-            help="the first line names the version of the text format",
-        )
-    if header[2] != str(TEXT_VERSION):
-        raise Fault(
-            header.start(2),
-            f"version {header[2][:20]!r} of the text format cannot be read: "
-            f"expected version {TEXT_VERSION}",
-            width=len(header[2]),
-            help="write the text again with this version of sagellm-ir",
-        )
-
-
-class _Node(NamedTuple):
-    """A node but for its attributes. Holds plain values: many tokens would burden the collector."""
-
-    line: int
-    column: int
-    kind: str
-    kind_at: int
-    span: tuple[str, int, int] | None
-    name: str
-    operands: tuple[str, ...]
-    after: tuple[str, ...]
-    block: str
-    block_at: int
-    type: str
-    type_at: int
-
-
-class _Declaration(NamedTuple):
-    keyword: Token
-    symbol: Token
-    block: Token | None
-
-
-class _Steps(NamedTuple):
-    keyword: Token
-    runs: Token
-
-
-class _Lines(Transformer[Token, Any]):
-    """Called by Lark as each line is recognised. Stateless: one parser serves all texts."""
-
-    def start(self, parts: list[Any]) -> tuple[Token, Token | None, list[Any]]:
-        _header, name, block, *lines = parts
-        return name, block, lines
-
-    def decl(self, parts: list[Any]) -> _Declaration:
-        return _Declaration(*parts)
-
-    def steps(self, parts: list[Any]) -> _Steps:
-        return _Steps(*parts)
-
-    def node(self, parts: list[Any]) -> _Node:
-        result, operands, block, after, type_token = parts
-        at = position(result)
-        found = _RESULT.match(result)
-        assert found, "the grammar's RESULT and _RESULT agree"
-        bare, quoted, kind, request, quoted_request, span = cast("tuple[Any, ...]", found.groups())
-        if span:
-            numbers = _SPAN.match(span)
-            if not numbers:
-                width = len(span.rstrip())
-                raise Fault(at + found.start(6), "expected two integers as in [0:16]", width=width)
-            request = request or unquote(quoted_request, at + found.start(5))
-            span = (request, int(numbers[1]), int(numbers[2]))
-        return _Node(
-            result.line,
-            result.column,
-            kind,
-            at + found.start(3),
-            span,
-            bare or unquote(quoted, at + 1),
-            value_names(operands, 1) if operands else (),
-            value_names(after, 5) if after else (),
-            str(block) if block else "",
-            position(block) if block else 0,
-            type_token[1:].strip() if type_token else "",
-            position(type_token) + type_token.index(type_token[1:].strip()) if type_token else 0,
-        )
 
 
 Class = TypeVar("Class")
@@ -194,9 +83,9 @@ class _Builder:
             )
         nodes = []
         for line in lines:
-            if isinstance(line, _Node):
+            if isinstance(line, NodeLine):
                 nodes.append(self._node(line))
-            elif isinstance(line, _Steps):
+            elif isinstance(line, StepsLine):
                 self._steps(line)
             else:
                 self._declaration(line)
@@ -216,7 +105,7 @@ class _Builder:
             **fields,
         )
 
-    def _node(self, line: _Node) -> IRNode:
+    def _node(self, line: NodeLine) -> IRNode:
         cls: Any = KINDS.get(line.kind)
         if cls is None:
             raise _wrong_kind(line, f"unknown node kind {line.kind!r}", suggest(line.kind, KINDS))
@@ -247,7 +136,7 @@ class _Builder:
             )
         return node
 
-    def _declaration(self, line: _Declaration) -> None:
+    def _declaration(self, line: DeclarationLine) -> None:
         keyword = line.keyword.strip()
         cls = _DECLARATIONS.get(keyword)
         if cls is None:
@@ -299,7 +188,7 @@ class _Builder:
         if self.ints > MAX_INTS:
             raise Fault(position(where), f"a text may list at most {MAX_INTS} integers")
 
-    def _steps(self, line: _Steps) -> None:
+    def _steps(self, line: StepsLine) -> None:
         text, offset, more = line.runs, 1, ","
         if self.loops:
             raise Fault(position(line.keyword), "a graph has one line of steps", width=5)
@@ -324,7 +213,7 @@ def _symbol(token: Token) -> str:
     return found[1] or unquote(found[2], position(token) + 1)
 
 
-def _wrong_kind(line: _Node, message: str, help: str = "") -> Fault:
+def _wrong_kind(line: NodeLine, message: str, help: str = "") -> Fault:
     return Fault(line.kind_at, message, width=len(line.kind), help=help)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from attrs import frozen
 
 from sagellm_ir.diagnostics import Diagnostic, SageIRError, suggest
+from sagellm_ir.files import read_text
 from sagellm_ir.nodes.base import Location
 from sagellm_ir.target import ModelSpec
 
@@ -169,9 +170,9 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `SageIRError`."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _error(f"cannot read it: {error}", path) from None
+        raw = json.loads(read_text(path))
+    except ValueError as error:
+        raise _error(f"not JSON: {error}", path) from None
     if not isinstance(raw, dict):
         raise _error("expected a JSON object", path)
     return raw

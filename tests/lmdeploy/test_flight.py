@@ -230,6 +230,22 @@ def test_a_chunk_that_cannot_be_given_is_as_it_was(room: bool) -> None:
     check(sched)
 
 
+def test_only_a_chunk_may_name_a_prompt_whose_chunk_is_in_flight() -> None:
+    sched = scheduler()
+    admission, names = Admission(KVManager(sched)), NamedSequences(sched, Names())
+    one = add(sched, 0, list(range(6 * BLOCK)))
+    name = f"session-0-{6 * BLOCK}"
+    admission.prefill([(one, PrefillChunk(name, 0, 2 * BLOCK))])
+    sched.lock_running([one])
+    names.refresh()
+    checks, partial = StepChecks(names), admission.partial
+    chunk = PlanStep(0, prefill=(PrefillChunk(name, 2 * BLOCK, 4 * BLOCK),))
+    assert checks.problem(chunk, 0, partial) == ""
+    assert "is LOCKED, not WAITING" in checks.problem(chunk, 0)
+    decode = PlanStep(0, decode=(name,), loops=1)
+    assert "is LOCKED, not RUNNING" in checks.problem(decode, 16, partial)
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_prompt_is_broken_off_while_two_of_its_chunks_are_in_flight(after: int) -> None:
     """`after` so many chunks; another turn of its conversation finds what was computed."""

@@ -83,7 +83,8 @@ class StepChecks:
             return f"unknown requests {unknown}" if unknown else "a request stands in it twice"
         wanted = MessageStatus.WAITING if step.prefill else MessageStatus.RUNNING
         for name, seq in rows.items():
-            if seq.status is not wanted and seq.seq_id not in partial:
+            goes_on = step.prefill and seq.status is MessageStatus.LOCKED and seq.seq_id in partial
+            if seq.status is not wanted and not goes_on:
                 return f"{name} is {seq.status.name}, not {wanted.name}"
         scheduler = self._scheduler
         taken = scheduler.num_running() + scheduler.num_locked() if step.prefill else 0

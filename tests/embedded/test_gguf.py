@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sagellm_ir.diagnostics import SageIRError
@@ -109,6 +109,7 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0, len(GOOD) - 1), value=st.integers(0, 255))
+@example(at=174, value=17)  # a tensor without dimensions, of a type that has blocks
 def test_a_changed_byte_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, at: int, value: int
 ) -> None:

@@ -151,7 +151,8 @@ class GGUFFile:
             known = ", ".join(name for name, *_ in _TYPES.values())
             self._fail(f"tensor {info.name!r} is of ggml type {info.type}; read here: {known}")
         _, per_block, block_bytes, _ = _TYPES[info.type]
-        if info.shape and info.shape[-1] % per_block:
+        row = info.shape[-1] if info.shape else 1
+        if row % per_block:
             self._fail(f"a row of tensor {info.name!r} is no whole number of blocks")
         end = base + info.offset + info.size // per_block * block_bytes
         if end > len(self._data):
